@@ -1,0 +1,464 @@
+"""The mathematics: statistics of N workers' gradients in, N weights out.
+
+This module reads beside section 3 of *Adaptive Consensus Gradients Aggregation* (arXiv
+2411.03742) and beside ``docs/method.md``, which lists every place where the paper leaves a choice
+and what is done there. It knows nothing of frameworks (operations come from
+:mod:`adacons_hvd.ops`), of communication (:mod:`adacons_hvd.schedules` produces the statistics and
+applies the weights) or of optimizers.
+
+All tensors here are small, ``[..., N]`` float64: N workers on the last axis, any number of groups
+of parameters before it, so that ten thousand layers cost as many operations as one. Nothing
+branches on a tensor's value, so the same lines run eagerly, inside a ``tf.function`` and on an
+accelerator without waiting for it.
+
+To add an aggregator, subclass :class:`Aggregator` and write one method:
+
+>>> import torch
+>>> class InverseNorm(Aggregator):
+...     '''Weigh each worker by one over its gradient's length.'''
+...     def weights(self, statistics):
+...         inverse = 1 / statistics.norms
+...         return inverse / inverse.sum(-1, keepdim=True)
+>>> InverseNorm()(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+tensor([0.7500, 0.7500])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .ops import Tensor, ops_for
+
+__all__ = ["AdaCons", "Aggregator", "Decision", "Mean", "Memory", "Statistics", "resample"]
+
+#: What an aggregator carries from step to step: named float64 tensors, empty at first.
+Memory = dict[str, Tensor]
+
+#: Eq. 13 divides by the sum of the coefficients. Below this fraction of the sum of their absolute
+#: values they cancel rather than agree: the quotient would be a step a thousand times too long, or
+#: one uphill, made of rounding errors.
+CANCELLATION = 1e-3
+
+NONFINITE_POLICIES = ("propagate", "exclude", "raise")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known about N workers' gradients, for one group of parameters or several.
+
+    >>> import torch
+    >>> g = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    >>> Statistics.of(g).norms
+    tensor([5., 1.], dtype=torch.float64)
+    """
+
+    #: ``s_i``, ``[..., N]``: the inner product of worker i's gradient with the mean gradient.
+    dots: Tensor
+    #: ``n_i ** 2``, ``[..., N]``: the squared norm of worker i's gradient.
+    squares: Tensor
+    #: ``[..., N]``, boolean: who takes part in this step. Others are no part of the mean either.
+    present: Tensor
+    #: ``<g_i, g_j>``, ``[..., N, N]``; only for aggregators that set ``needs_gramian``.
+    gramian: Tensor | None = None
+
+    @classmethod
+    def of(cls, gradients: Tensor, gramian: bool = False, present: Tensor | None = None) -> Statistics:
+        """Compute them from an N x d matrix that is already in one place."""
+        ops = ops_for(gradients)
+        table = ops.gramian(gradients) if gramian else ops.consensus(gradients)
+        if present is None:
+            present = ops.zeros((ops.shape(table)[0],), table) == 0
+        return cls.read(table, present, gramian)
+
+    @classmethod
+    def read(cls, table: Tensor, present: Tensor, gramian: bool) -> Statistics:
+        """Read them off the table the schedules exchange.
+
+        The table is the Gramian, ``[..., N, N]``, or else ``[..., N, 2]`` with
+        ``<g_i, sum_j g_j>`` and ``<g_i, g_i>``; workers not present contribute zeros to either.
+        """
+        ops = ops_for(table)
+        count = _count(present)
+        if gramian:
+            return cls(ops.total(table)[..., 0] / count, ops.diagonal(table), present, table)
+        return cls(table[..., 0] / count, table[..., 1], present)
+
+    @property
+    def norms(self) -> Tensor:
+        """``n_i``, the length of worker i's gradient."""
+        return ops_for(self.squares).sqrt(self.squares)
+
+    def scaled(self, factor: Tensor | float) -> Statistics:
+        """The statistics of the same gradients, each multiplied by ``factor``."""
+        square = factor * factor
+        gramian = None if self.gramian is None else self.gramian * square
+        return Statistics(self.dots * square, self.squares * square, self.present, gramian)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The outcome of one step: the weights, and how they came about."""
+
+    #: ``gamma``, ``[..., N]``: the aggregated gradient is ``sum_i gamma_i g_i``.
+    weights: Tensor
+    #: What the aggregator carries to the next step.
+    memory: Memory
+    #: ``[..., 1]``, boolean: this step is the plain average, because the aggregator had no answer.
+    fallback: Tensor
+    #: The stages on the way to the weights, by name, in order.
+    stages: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Aggregator:
+    """How N gradients become one. Subclasses say which weights; everything else is done here.
+
+    The simplest subclass overrides :meth:`weights`. One that remembers earlier steps overrides
+    :meth:`start` and :meth:`weigh`, and :meth:`resize` if what it remembers survives a change in
+    the number of workers. An instance can be called on an N x d matrix of gradients; it then keeps
+    its own memory. A binding keeps the memory itself, per optimizer, so one instance may serve
+    several.
+    """
+
+    #: Set to True to be given ``statistics.gramian``. Schedules that can only produce dots and
+    #: squares then refuse to run, and ``schedule="auto"`` chooses among the others.
+    needs_gramian: ClassVar[bool] = False
+
+    #: What a gradient that holds NaN or infinity does: ``"propagate"`` (the step is the plain
+    #: average, so every rank sees the value and a loss scaler skips the step everywhere),
+    #: ``"exclude"`` (that worker sits this step out) or ``"raise"`` (an error on every rank).
+    nonfinite: str = "propagate"
+
+    # The memory used by a call, and only by it.
+    _memory: Memory = {}  # noqa: RUF012 - replaced, never changed
+    _workers: int = 0
+
+    # --- what a subclass provides ---------------------------------------------------------------
+
+    def weights(self, statistics: Statistics) -> Tensor:
+        """Return the ``[..., N]`` weights. The statistics are finite."""
+        raise NotImplementedError(f"{type(self).__name__} must override weights() or weigh()")
+
+    def start(self, statistics: Statistics) -> Memory:
+        """Return the memory to begin with; ``statistics`` shows the shapes."""
+        return {}
+
+    def weigh(self, statistics: Statistics, memory: Memory) -> Decision:
+        """Return the weights and the new memory. The default is for aggregators without one."""
+        weights = self.weights(statistics)
+        ops = ops_for(weights)
+        never = ops.total(statistics.squares) < 0
+        return Decision(weights, memory, never)
+
+    def resize(self, memory: Memory, workers: int) -> Memory:
+        """Return ``memory`` made for another number of workers; by default it starts afresh."""
+        return {}
+
+    # --- what every aggregator shares -----------------------------------------------------------
+
+    def decide(self, statistics: Statistics, memory: Memory) -> Decision:
+        """Turn one step's statistics into weights: :meth:`weigh`, made safe and counted.
+
+        Statistics that are not finite make the step a plain average and leave the memory as it
+        was. The memory gains two counters: ``steps``, and ``fallbacks`` to the average. An empty
+        ``memory`` is the state before the first step.
+        """
+        ops = ops_for(statistics.squares)
+        present = statistics.present
+        finite = ops.every(ops.isfinite(statistics.dots) & ops.isfinite(statistics.squares))
+        statistics = _zero_unless(finite, statistics)
+        if not memory:
+            zero = ops.zeros((*ops.shape(present)[:-1], 1), statistics.squares)
+            memory = {"steps": zero, "fallbacks": zero, **self.start(statistics)}
+        own = {name: value for name, value in memory.items() if name not in _COUNTERS}
+        decision = self.weigh(statistics, own)
+        usable = finite & ops.every(ops.isfinite(decision.weights))
+        fallback = decision.fallback | ~usable
+        average = ops.wide(present) / _count(present)
+        return Decision(
+            weights=ops.where(fallback | ~present, average, decision.weights),
+            memory={
+                "steps": memory["steps"] + 1,
+                "fallbacks": memory["fallbacks"] + ops.wide(fallback),
+                **{k: ops.where(usable, new, own[k]) for k, new in decision.memory.items()},
+            },
+            fallback=fallback,
+            stages=decision.stages,
+        )
+
+    def resized(self, memory: Memory, workers: int) -> Memory:
+        """Return a whole memory, counters included, made for another number of workers."""
+        own = {name: value for name, value in memory.items() if name not in _COUNTERS}
+        if not own:
+            return memory
+        own = self.resize(own, workers)
+        return {**{name: memory[name] for name in _COUNTERS}, **own} if own else {}
+
+    def explain(self, gradients: Tensor) -> tuple[Decision, Tensor]:
+        """Decide on the rows of an N x d matrix, and return the rows the weights are for.
+
+        These are the given rows, unless ``nonfinite="exclude"`` replaced some with zeros.
+        """
+        ops = ops_for(gradients)
+        statistics = Statistics.of(gradients, self.needs_gramian)
+        finite = ops.isfinite(statistics.squares)
+        if self.nonfinite == "raise":
+            self.refuse([rank for rank, fine in enumerate(ops.to_list(finite)) if not fine])
+        if self.nonfinite == "exclude":
+            gradients = ops.where(finite[:, None], gradients, ops.zeros_like(gradients))
+            statistics = Statistics.of(gradients, self.needs_gramian, finite)
+        workers = ops.shape(gradients)[0]
+        memory = self._memory
+        if memory and workers != self._workers:
+            memory = self.resized(memory, workers)
+        decision = self.decide(statistics, memory)
+        self._memory, self._workers = decision.memory, workers
+        return decision, gradients
+
+    def __call__(self, gradients: Tensor) -> Tensor:
+        """Aggregate the rows of an N x d matrix, with this instance's own memory.
+
+        For notebooks, tests and studies of many simulated workers; no cluster needed.
+        """
+        decision, rows = self.explain(gradients)
+        return ops_for(rows).combine(decision.weights, rows)
+
+    def refuse(self, ranks: Sequence[int]) -> None:
+        """Raise the error of ``nonfinite="raise"`` if any ranks are given."""
+        if ranks:
+            raise FloatingPointError(
+                f"the gradient of rank {', '.join(map(str, ranks))} holds NaN or infinity "
+                f"(or is so large that its square overflows), and {self!r} was told to raise"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """This instance's own memory, as plain tensors and numbers."""
+        return pack_memory(self._memory, self._workers)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self._memory, self._workers = unpack_memory(state)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_")
+        return f"{type(self).__name__}({settings})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+class Mean(Aggregator):
+    """The plain average: what Horovod computes, through the same machinery as the others.
+
+    >>> import torch
+    >>> Mean()(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([2., 3.])
+    """
+
+    def __init__(self, nonfinite: str = "propagate") -> None:
+        self.nonfinite = _one_of("nonfinite", nonfinite, NONFINITE_POLICIES)
+
+    def weights(self, statistics: Statistics) -> Tensor:
+        ops = ops_for(statistics.squares)
+        return ops.wide(statistics.present) / _count(statistics.present)
+
+
+class AdaCons(Aggregator):
+    """Adaptive consensus: each worker counts by how much it agrees with the mean.
+
+    Args:
+        momentum: ``beta`` of Eq. 11, in [0, 1). 0 leaves the momentum out.
+        normalize: whether Eq. 13 makes the coefficients sum to one.
+        scale: ``"unit"``, the paper: with ``normalize`` the result is a direction, at most one
+            long, whatever the length of the gradients. ``"average"`` gives it the length an
+            average has: equal gradients give exactly the average.
+        nonfinite: see :attr:`Aggregator.nonfinite`.
+
+    The paper's ablation, in order: ``AdaCons(momentum=0, normalize=False)``,
+    ``AdaCons(normalize=False)``, ``AdaCons(momentum=0)``, ``AdaCons()``.
+
+    >>> import torch
+    >>> agreeing_and_not = torch.tensor([[1.0, 0.1], [1.0, -0.1], [0.0, 1.0]])
+    >>> decision, _ = AdaCons().explain(agreeing_and_not)
+    >>> print([round(w, 2) for w in decision.weights.tolist()])
+    [0.42, 0.38, 0.2]
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.99,
+        normalize: bool = True,
+        scale: str = "unit",
+        nonfinite: str = "propagate",
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum!r}")
+        self.momentum = float(momentum)
+        self.normalize = bool(normalize)
+        self.scale = _one_of("scale", scale, ("unit", "average"))
+        self.nonfinite = _one_of("nonfinite", nonfinite, NONFINITE_POLICIES)
+
+    def start(self, statistics: Statistics) -> Memory:
+        if not self.momentum:
+            return {}
+        ops = ops_for(statistics.squares)
+        shape = ops.shape(statistics.squares)
+        return {
+            "curve": ops.zeros(shape, statistics.squares),
+            "updates": ops.zeros((*shape[:-1], 1), statistics.squares),
+        }
+
+    def weigh(self, statistics: Statistics, memory: Memory) -> Decision:
+        ops = ops_for(statistics.squares)
+        present = statistics.present
+        n = statistics.norms
+        alive = n > 0
+        n_or_1 = ops.where(alive, n, ops.ones_like(n))
+        zero = ops.zeros_like(n)
+        silent = ~ops.any_of(alive)  # no worker has a gradient: there is nothing to agree on
+
+        # Eq. 7
+        alpha = ops.where(alive, statistics.dots / n_or_1, zero)
+        stages = {"first-order": alpha}
+
+        # Eq. 11
+        if self.momentum:
+            beta = self.momentum
+            curve, order = _sorted_curve(alpha, present)
+            m = beta * memory["curve"] + (1 - beta) * curve
+            m = ops.where(memory["updates"] == 0, curve, m)
+            alpha = _back_to_workers(m, order, present)
+            memory = {
+                "curve": ops.where(silent, memory["curve"], m),
+                "updates": memory["updates"] + ops.wide(~silent),
+            }
+            stages["momentum"] = alpha
+
+        # Eq. 13
+        fallback = silent
+        if self.normalize:
+            whole = ops.total(alpha)
+            fallback = silent | (whole <= CANCELLATION * ops.total(ops.absolute(alpha)))
+            alpha = alpha / ops.where(fallback, ops.ones_like(whole), whole)
+            stages["normalized"] = alpha
+
+        # Eq. 12
+        gamma = ops.where(alive, alpha / n_or_1, zero)
+        if self.scale == "average":
+            # Equal gradients have gamma_i = 1 / (N n) with Eq. 13 and 1 without it.
+            count = _count(present)
+            gamma = gamma * (ops.total(n) / count if self.normalize else 1 / count)
+        return Decision(gamma, memory, fallback, stages)
+
+    def resize(self, memory: Memory, workers: int) -> Memory:
+        return {**memory, "curve": resample(memory["curve"], workers)}
+
+
+def resample(curve: Tensor, workers: int) -> Tensor:
+    """Stretch sorted coefficients to another number of workers by linear interpolation.
+
+    The momentum of Eq. 11 is a sorted curve, in effect a quantile function, so it can be read at
+    any number of evenly spaced points.
+
+    >>> import torch
+    >>> resample(torch.tensor([0.0, 1.0, 2.0]), 5)
+    tensor([0.0000, 0.5000, 1.0000, 1.5000, 2.0000], dtype=torch.float64)
+    """
+    ops = ops_for(curve)
+    shape = ops.shape(curve)
+    step = (shape[-1] - 1) / max(workers - 1, 1)
+    positions = ops.zeros((*shape[:-1], workers), curve)
+    positions = positions + ops.like([k * step for k in range(workers)], curve)
+    return _read_at(ops.wide(curve), positions)
+
+
+def _read_at(curve: Tensor, position: Tensor) -> Tensor:
+    """Interpolate linearly between a curve's points; whole positions give exactly its values."""
+    ops = ops_for(curve)
+    last = ops.shape(curve)[-1] - 1
+    low = ops.clip(ops.floor(position), 0, last)
+    high = ops.clip(low + 1, 0, last)
+    below, above = ops.take(curve, low), ops.take(curve, high)
+    return below + (position - low) * (above - below)
+
+
+def _sorted_curve(alpha: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator S of Eq. 11: ``alpha`` ascending, and the order that did it.
+
+    With A of N workers present, their A sorted values are read at N points, so that the momentum
+    keeps its length. With all present this is the identity, exactly.
+    """
+    ops = ops_for(alpha)
+    order = ops.argsort(ops.where(present, alpha, float("inf") + ops.zeros_like(alpha)))
+    rank = ops.zeros_like(alpha) + ops.like(range(ops.shape(alpha)[-1]), alpha)
+    return _read_at(ops.take(alpha, order), rank * _stretch(present)), order
+
+
+def _back_to_workers(curve: Tensor, order: Tensor, present: Tensor) -> Tensor:
+    """The operator S^-1 of Eq. 11: give each worker the curve's value at its rank."""
+    ops = ops_for(curve)
+    rank = ops.wide(ops.argsort(order))
+    alpha = _read_at(curve, ops.where(present, rank / _stretch(present), ops.zeros_like(curve)))
+    return ops.where(present, alpha, ops.zeros_like(curve))
+
+
+def _stretch(present: Tensor) -> Tensor:
+    """From a position among N points to one among the A present: (A - 1) / (N - 1)."""
+    ops = ops_for(present)
+    intervals = max(ops.shape(present)[-1] - 1, 1)
+    count = ops.total(ops.wide(present))
+    # One worker alone sits at position 0 whatever this is; it must only not be zero.
+    return ops.where(count > 1, count - 1, ops.ones_like(count)) / intervals
+
+
+def _count(present: Tensor) -> Tensor:
+    """How many take part, ``[..., 1]``; at least 1, to divide by."""
+    ops = ops_for(present)
+    count = ops.total(ops.wide(present))
+    return ops.where(count > 0, count, ops.ones_like(count))
+
+
+def _zero_unless(condition: Tensor, s: Statistics) -> Statistics:
+    """``s`` where ``condition`` (``[..., 1]``) holds, zeros elsewhere."""
+    ops = ops_for(s.squares)
+    zero = ops.zeros_like(s.squares)
+    gramian = s.gramian
+    if gramian is not None:
+        gramian = ops.where(condition[..., None], gramian, ops.zeros_like(gramian))
+    return Statistics(ops.where(condition, s.dots, zero), ops.where(condition, s.squares, zero), s.present, gramian)
+
+
+_COUNTERS = ("steps", "fallbacks")
+
+#: The layout of :func:`pack_memory`, raised when a change would misread older states.
+STATE_VERSION = 1
+
+
+def pack_memory(memory: Memory, workers: int) -> dict[str, Any]:
+    """A memory as a checkpoint holds it: a flat dict of numbers and tensors."""
+    return {"version": STATE_VERSION, "workers": workers, **memory}
+
+
+def unpack_memory(state: Mapping[str, Any]) -> tuple[Memory, int]:
+    """Undo :func:`pack_memory`, refusing what a later version wrote or something else."""
+    if "version" not in state or "workers" not in state:
+        raise ValueError(
+            f"this is not the state of an aggregator: it has {sorted(state)}, but neither 'version' nor 'workers'"
+        )
+    if int(state["version"]) > STATE_VERSION:
+        raise ValueError(
+            f"this aggregator state is of version {int(state['version'])}, written by a later "
+            f"adacons_hvd; this one reads up to version {STATE_VERSION}. Upgrade adacons_hvd"
+        )
+    memory = {name: value for name, value in state.items() if name not in ("version", "workers")}
+    return memory, int(state["workers"])
+
+
+def _one_of(argument: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(choices)}, got {value!r}")
+    return value

@@ -1,0 +1,69 @@
+"""Collectives over ``horovod.torch``."""
+
+from __future__ import annotations
+
+import torch
+from horovod.torch import mpi_ops as hvd
+
+from . import Pending, ready
+
+# Horovod has no function for these element types. Moving data needs none: the bytes travel as
+# integers of the same width. Adding does, so a sum is made in float32.
+_CARRIER = {torch.bfloat16: torch.int16}
+
+
+class HorovodTorch:
+    """The workers of one Horovod process set."""
+
+    def __init__(self, process_set: hvd.ProcessSet = hvd.global_process_set) -> None:
+        self.process_set = process_set
+        self.size: int = process_set.size()
+        self.rank: int = process_set.rank()
+
+    # The public functions allocate their result anew in every call, at the price of touching
+    # fresh memory each step. The functions below them take the result as an argument. Horovod
+    # 0.28.1 is its last release, so these will not change; were they gone, `out` would still be
+    # filled, by a copy.
+
+    def allreduce(
+        self,
+        tensor: torch.Tensor,
+        name: str,
+        *,
+        prescale: float = 1.0,
+        postscale: float = 1.0,
+        out: torch.Tensor | None = None,
+    ) -> Pending:
+        if tensor.dtype in _CARRIER:
+            widened = tensor.float()
+            inner = self.allreduce(widened, name, prescale=prescale, postscale=postscale, out=widened)
+            return ready(lambda: inner.wait().to(tensor.dtype))
+        out = torch.empty_like(tensor) if out is None else out
+        handle = hvd._allreduce_async(tensor, out, name, hvd.Sum, prescale, postscale, self.process_set)
+        return ready(lambda: hvd.synchronize(handle))
+
+    def allgather(self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None) -> Pending:
+        carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
+        length = self.size * tensor.numel()
+        out = tensor.new_empty(length) if out is None else out
+        handle = hvd._allgather_async(tensor.view(carrier), out.view(carrier), name, self.process_set)
+        return ready(lambda: hvd.synchronize(handle).view(tensor.dtype))
+
+    def alltoall(self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None) -> Pending:
+        carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
+        out = torch.empty_like(tensor) if out is None else out
+        received = torch.empty(self.size, dtype=torch.int32)
+        handle = hvd._alltoall_async(tensor.view(carrier), None, out.view(carrier), received, name, self.process_set)
+        return ready(lambda: hvd.synchronize(handle)[0].view(tensor.dtype))
+
+    def allgather_rows(self, tensor: torch.Tensor, name: str) -> Pending:
+        carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
+        handle = hvd.allgather_async(tensor.view(carrier), name, self.process_set)
+        return ready(lambda: hvd.synchronize(handle).view(tensor.dtype))
+
+    def allgather_bytes(self, data: bytes, name: str) -> list[bytes]:
+        lengths = torch.tensor([len(data)], dtype=torch.int64)
+        sizes = self.allgather_rows(lengths, f"{name}.length").wait().tolist()
+        payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        everything = self.allgather_rows(payload, f"{name}.bytes").wait()
+        return [bytes(part.tolist()) for part in torch.split(everything, sizes)]

@@ -1,0 +1,51 @@
+"""The tensor operations the mathematics needs, for whichever framework the tensor belongs to.
+
+One small module per framework offers the same functions; :func:`ops_for` picks the module by the
+tensor's type. A module is imported only once its framework has been, by the user: a tensor cannot
+exist before. So this package never pulls in a framework, and supporting another one means adding
+a file here, not touching the mathematics. There is no numpy in between, because a round trip
+through the host would stall an accelerator on every step and cannot be traced into a graph.
+
+Two kinds of functions live there:
+
+* *small* operations on the statistics of N workers (``[..., N]``, always float64), which read
+  like the array functions they are: ``sqrt``, ``where``, ``sort``, ``take``, ...
+* *large* operations on gradients, the only ones whose speed matters: ``consensus``, ``gramian``,
+  ``moments``, ``combine``, ``scaled``. Each accumulates in float32 or wider and reads its
+  operands from memory as few times as it can.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+__all__ = ["Tensor", "ops_for"]
+
+#: A tensor of any supported framework. The mathematics only uses operators and :func:`ops_for`.
+Tensor = Any
+
+# Framework -> the name its tensors' classes carry in ``type(x).__module__``.
+_FRAMEWORKS = ("torch", "tensorflow")
+
+
+def ops_for(tensor: Tensor) -> ModuleType:
+    """Return the operations module for ``tensor``'s framework.
+
+    >>> import torch
+    >>> ops_for(torch.ones(3)).__name__
+    'adacons_hvd.ops.torch'
+    """
+    for name in _FRAMEWORKS:
+        framework = sys.modules.get(name)
+        if framework is None:
+            continue
+        ops = importlib.import_module(f"{__name__}.{name}")
+        if ops.owns(tensor):
+            return ops
+    raise TypeError(
+        f"expected a PyTorch or TensorFlow tensor, got {type(tensor).__module__}."
+        f"{type(tensor).__qualname__}; convert it first, for example with torch.as_tensor(...)"
+    )

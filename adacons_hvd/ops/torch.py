@@ -1,0 +1,276 @@
+"""PyTorch's operations; see the package docstring for what belongs here and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+# Elements handled at a time by the large operations. Each block is read from memory once and then
+# used from cache by everything that needs it, and block results are added in float64, so that
+# sums over millions of elements keep single-precision accuracy. On an accelerator a block is
+# larger, because there a launch costs more than a trip to memory.
+_BLOCK_CPU = 1 << 17
+_BLOCK_ACCELERATOR = 1 << 24
+
+
+def owns(tensor: object) -> bool:
+    return isinstance(tensor, torch.Tensor)
+
+
+# --- small operations -----------------------------------------------------------------------
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float64)
+
+
+def like(values: Iterable[float], reference: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.float64, device=reference.device)
+
+
+def zeros(shape: Sequence[int], reference: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tuple(shape), dtype=torch.float64, device=reference.device)
+
+
+def zeros_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(x)
+
+
+def ones_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(x)
+
+
+def shape(x: torch.Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def to_list(x: torch.Tensor) -> list[Any]:
+    """The values as Python numbers: waits for the device, so never called in a normal step."""
+    return x.tolist()
+
+
+def sqrt(x: torch.Tensor) -> torch.Tensor:
+    return torch.sqrt(x)
+
+
+def absolute(x: torch.Tensor) -> torch.Tensor:
+    return torch.abs(x)
+
+
+def floor(x: torch.Tensor) -> torch.Tensor:
+    return torch.floor(x)
+
+
+def clip(x: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:
+    return torch.clamp(x, lowest, highest)
+
+
+def where(condition: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.where(condition, x, y)
+
+
+def isfinite(x: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(x)
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the last axis, which is kept."""
+    return x.sum(-1, keepdim=True)
+
+
+def every(x: torch.Tensor) -> torch.Tensor:
+    """Whether all are true along the last axis, which is kept."""
+    return x.all(-1, keepdim=True)
+
+
+def any_of(x: torch.Tensor) -> torch.Tensor:
+    """Whether any is true along the last axis, which is kept."""
+    return x.any(-1, keepdim=True)
+
+
+def argsort(x: torch.Tensor) -> torch.Tensor:
+    """The stable ascending order along the last axis: the same on every rank, ties included."""
+    return torch.argsort(x, dim=-1, stable=True)
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``x[..., index[..., k]]`` along the last axis."""
+    return torch.gather(x, -1, index.to(torch.int64))
+
+
+def diagonal(x: torch.Tensor) -> torch.Tensor:
+    return torch.diagonal(x, dim1=-2, dim2=-1)
+
+
+def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(tensors))
+
+
+def add_n(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    result = tensors[0]
+    for tensor in tensors[1:]:
+        result = result + tensor
+    return result
+
+
+def concat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join flat tensors."""
+    return torch.cat(list(tensors))
+
+
+def reshape(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return x.reshape(tuple(shape))
+
+
+# --- large operations -----------------------------------------------------------------------
+
+
+def is_half(x: torch.Tensor) -> bool:
+    """Whether the element type has too little range for sums and for unit-length results."""
+    return x.dtype == torch.float16
+
+
+def room(x: torch.Tensor, length: int) -> torch.Tensor | None:
+    """Memory for a flat result of ``x``'s type, to be used again in every step."""
+    return x.new_empty(length)
+
+
+def blank_unless(condition: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``x``, or zeros in its place unless the 0-dimensional ``condition`` holds."""
+    return x.masked_fill_(~condition, 0)
+
+
+def _blocks(length: int, rows: int, device: torch.device) -> list[slice]:
+    size = _BLOCK_CPU if device.type == "cpu" else _BLOCK_ACCELERATOR
+    size = max(1024, size // rows)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _working(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the precision arithmetic is done in: float32, or float64 if it came so."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def square(gradient: torch.Tensor) -> torch.Tensor:
+    """``<g, g>`` of a flat gradient."""
+    result = zeros((), gradient)
+    for block in _blocks(gradient.numel(), 1, gradient.device):
+        g = _working(gradient[block])
+        result += torch.dot(g, g)
+    return result
+
+
+def moments(gradient: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
+    """``[<g, s>, <g, g>]`` of two flat tensors, each read from memory once."""
+    result = zeros((2,), gradient)
+    for block in _blocks(gradient.numel(), 2, gradient.device):
+        g = _working(gradient[block])
+        result[0] += torch.dot(g, _working(summed[block]))
+        result[1] += torch.dot(g, g)
+    return result
+
+
+def gramian(rows: torch.Tensor) -> torch.Tensor:
+    """``rows @ rows.T`` of an N x d matrix."""
+    workers, length = rows.shape
+    result = zeros((workers, workers), rows)
+    for block in _blocks(length, workers, rows.device):
+        part = _working(rows[:, block])
+        result += part @ part.T
+    return result
+
+
+# Up to this many workers the whole Gramian is cheaper than the two moments it contains, because it
+# is a single matrix product; beyond, its N * N * d multiplications show.
+_FEW_WORKERS = 16
+
+
+def consensus(rows: torch.Tensor) -> torch.Tensor:
+    """``[<g_i, sum_j g_j>, <g_i, g_i>]`` for each row of an N x d matrix."""
+    workers, length = rows.shape
+    if workers <= _FEW_WORKERS:
+        products = gramian(rows)
+        return torch.stack([products.sum(1), products.diagonal()], dim=1)
+    result = zeros((workers, 2), rows)
+    for block in _blocks(length, workers, rows.device):
+        part = _working(rows[:, block])
+        result[:, 0] += torch.mv(part, part.sum(0))
+        result[:, 1] += torch.linalg.vecdot(part, part)
+    return result
+
+
+def combine(weights: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``weights @ rows``, reading ``rows`` once, into ``out`` if given."""
+    result = rows.new_empty(rows.shape[1]) if out is None else out
+    for block in _blocks(rows.shape[1], rows.shape[0], rows.device):
+        part = _working(rows[:, block])
+        result[block] = torch.mv(part.T, weights.to(part.dtype))
+    return result
+
+
+def combine_segments(
+    rows: torch.Tensor,
+    pieces: Sequence[tuple[int, int, torch.Tensor]],
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """:func:`combine` with other weights for each ``(start, stop, weights)``; the rest is unset."""
+    result = rows.new_empty(rows.shape[1]) if out is None else out
+    for start, stop, weights in pieces:
+        combine(weights, rows[:, start:stop], out=result[start:stop])
+    return result
+
+
+def scale_segments(buffer: torch.Tensor, pieces: Sequence[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
+    """Multiply ``buffer`` in place by a 0-dimensional weight for each ``(start, stop, weight)``."""
+    for start, stop, weight in pieces:
+        part = buffer[start:stop]
+        if part.dtype in (torch.float32, torch.float64):
+            part.mul_(weight)
+        else:
+            # The weight may be outside a half's range although the product is not.
+            part.copy_(part.float() * weight.float())
+    return buffer
+
+
+# --- sparse operations ----------------------------------------------------------------------
+
+
+def tag(rows: torch.Tensor, rank: int) -> torch.Tensor:
+    """``[(rank, row), ...]``"""
+    return torch.stack([torch.full_like(rows, rank), rows], dim=1)
+
+
+def sparse_consensus(owners: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, workers: int) -> torch.Tensor:
+    """:func:`consensus` of gradients given as rows that belong to workers, distinct for each."""
+    values = _working(values)
+    _, position = torch.unique(rows, return_inverse=True)
+    count = int(position.max()) + 1 if len(position) else 0
+    summed = values.new_zeros((count, values.shape[1])).index_add_(0, position, values)
+    moments_ = torch.stack([(values * summed[position]).sum(1), (values * values).sum(1)], dim=1).double()
+    return zeros((workers, 2), values).index_add_(0, owners, moments_)
+
+
+def sparse_gramian(owners: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, workers: int) -> torch.Tensor:
+    """:func:`gramian` of gradients given as rows that belong to workers, distinct for each."""
+    values = _working(values)
+    _, position = torch.unique(rows, return_inverse=True)
+    count = int(position.max()) + 1 if len(position) else 0
+    dense = values.new_zeros((workers, count, values.shape[1]))
+    dense[owners, position] = values
+    return gramian(dense.reshape(workers, -1))
+
+
+def sparse_combine(
+    owners: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weigh each row by its owner's weight and add equal rows up; returns rows and values.
+
+    Product and sum are separate steps in a fixed order, so that every rank computes the same bits.
+    """
+    weighted = _working(values)
+    weighted = weighted * weights.to(weighted.dtype)[owners][:, None]
+    height = int(rows.max()) + 1 if len(rows) else 0
+    summed = torch.sparse_coo_tensor(rows[None], weighted, (height, values.shape[1]), check_invariants=False).coalesce()
+    return summed.indices()[0], summed.values().to(values.dtype)

@@ -1,0 +1,10 @@
+"""All of ``horovod.torch``, with an ``aggregator`` for its ``DistributedOptimizer``.
+
+import adacons_hvd.torch as hvd        # was: import horovod.torch as hvd
+"""
+
+from horovod.torch import *  # noqa: F403
+from horovod.torch import elastic as elastic
+
+from .optimizer import DistributedOptimizer as DistributedOptimizer
+from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state

@@ -1,0 +1,248 @@
+"""Parameters to buckets and back.
+
+A *slot* is one parameter's place; a *parcel* is a bucket with its slots. The layout of parcels is
+the same on every rank, because it is computed from what all ranks agreed on: the parameters in
+order, their types and shapes, and which of them have sparse gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..schedules import Bucket, DenseBucket, Schedule, Segment, SparseBucket
+
+__all__ = ["DenseParcel", "Parcel", "Slot", "SparseParcel", "plan"]
+
+
+@dataclass(eq=False)
+class Slot:
+    """One parameter's place in the layout."""
+
+    name: str
+    parameter: torch.Tensor
+    group: int
+    sparse: bool = False
+    parcel: Parcel | None = None
+    start: int = 0
+    #: How often backward has added to the gradient since the last step, and how often it is
+    #: expected to before the gradient is worth sending.
+    additions: int = 0
+    expected: int = 1
+    loaded: bool = False
+
+    @property
+    def length(self) -> int:
+        """How many real numbers the gradient consists of."""
+        return self.parameter.numel() * (2 if self.parameter.is_complex() else 1)
+
+
+class Parcel:
+    """Slots that travel together."""
+
+    slots: list[Slot]
+
+    @property
+    def bucket(self) -> Bucket:
+        raise NotImplementedError
+
+    def load(self, slot: Slot) -> None:
+        """Take the slot's gradient as it is now."""
+        raise NotImplementedError
+
+    def load_all(self) -> None:
+        for slot in self.slots:
+            if not slot.loaded:
+                self.load(slot)
+
+    @property
+    def complete(self) -> bool:
+        return all(slot.loaded for slot in self.slots)
+
+    def deliver(self) -> None:
+        """Put the result into the gradients."""
+        raise NotImplementedError
+
+
+class DenseParcel(Parcel):
+    """Slots of one element type on one device, side by side in a flat buffer."""
+
+    def __init__(
+        self,
+        name: str,
+        slots: list[Slot],
+        dtype: torch.dtype,
+        schedule: Schedule,
+        compression: Any,
+    ) -> None:
+        self.slots = slots
+        self.compression = compression
+        length = 0
+        segments: list[Segment] = []
+        for slot in slots:
+            slot.parcel, slot.start = self, length
+            length += slot.length
+            if segments and segments[-1].group == slot.group:
+                segments[-1] = segments[-1]._replace(stop=length)
+            else:
+                segments.append(Segment(slot.start, length, slot.group))
+        # Shards have equal length, so the buffer is padded to a multiple of the workers.
+        padded = -(-length // schedule.collectives.size) * schedule.collectives.size
+        buffer = torch.zeros(padded, dtype=dtype, device=slots[0].parameter.device)
+        self._bucket = DenseBucket(name, buffer, segments, schedule)
+
+    @property
+    def bucket(self) -> DenseBucket:
+        return self._bucket
+
+    def load(self, slot: Slot) -> None:
+        slot.loaded = True
+        gradient = slot.parameter.grad
+        view = self._view(slot)
+        if gradient is None:
+            view.zero_()
+            return
+        gradient = gradient.detach()
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        if self.compression is not None:
+            gradient = self.compression.decompress(*self.compression.compress(gradient))
+        view.copy_(torch.view_as_real(gradient) if gradient.is_complex() else gradient)
+
+    def deliver(self) -> None:
+        for slot in self.slots:
+            slot.loaded = False
+            parameter = slot.parameter
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradient = parameter.grad.detach()
+            result = self._view(slot)
+            if parameter.is_complex():
+                result = torch.view_as_complex(result)
+            if gradient.is_sparse:
+                result = result.to(gradient.dtype).to_sparse(gradient.sparse_dim())
+                parameter.grad = result
+            else:
+                gradient.copy_(result)
+            if self.bucket.restore is not None:
+                parameter.grad.mul_(self.bucket.restore[slot.group, 0])
+
+    def _view(self, slot: Slot) -> torch.Tensor:
+        shape = tuple(slot.parameter.shape) + ((2,) if slot.parameter.is_complex() else ())
+        buffer: torch.Tensor = self.bucket.buffer
+        return buffer[slot.start : slot.start + slot.length].view(shape)
+
+
+class SparseParcel(Parcel):
+    """A single slot whose gradient has few non-zero rows, as an embedding's."""
+
+    def __init__(self, name: str, slot: Slot, schedule: Schedule) -> None:
+        self.slots = [slot]
+        slot.parcel = self
+        nothing = slot.parameter.new_zeros((0, slot.length // max(slot.parameter.shape[0], 1)))
+        self._bucket = SparseBucket(
+            name, nothing.new_zeros(0, dtype=torch.int64), nothing, slot.group, schedule.collectives
+        )
+
+    @property
+    def bucket(self) -> SparseBucket:
+        return self._bucket
+
+    def load(self, slot: Slot) -> None:
+        slot.loaded = True
+        gradient = slot.parameter.grad
+        width = self.bucket.values.shape[1]
+        if gradient is None:
+            self.bucket.rows = self.bucket.rows.new_zeros(0)
+            self.bucket.values = self.bucket.values.new_zeros((0, width))
+            return
+        gradient = gradient.detach()
+        # Repeated rows must be added up before they are squared.
+        gradient = (gradient if gradient.is_sparse else gradient.to_sparse(1)).coalesce()
+        self.bucket.rows = gradient.indices()[0]
+        self.bucket.values = gradient.values().reshape(-1, width)
+
+    def deliver(self) -> None:
+        (slot,) = self.slots
+        slot.loaded = False
+        shape = slot.parameter.shape
+        slot.parameter.grad = torch.sparse_coo_tensor(
+            self.bucket.rows[None],
+            self.bucket.values.reshape(-1, *shape[1:]),
+            shape,
+            is_coalesced=True,
+            check_invariants=False,
+        )
+
+
+def plan(
+    name: str,
+    slots: Sequence[Slot],
+    schedule: Schedule,
+    *,
+    bucket_bytes: int,
+    together: Sequence[Sequence[torch.Tensor]] | None,
+    compression: Any,
+) -> list[Parcel]:
+    """Lay the slots out in parcels.
+
+    Backward computes the last layers' gradients first, so parcels are filled from the end: the
+    first to be complete is the first to leave. ``together`` lists parameters that share a parcel,
+    whatever its size, as Horovod's ``groups`` does.
+    """
+    wire, transform = _compression(compression)
+    parcels: list[Parcel] = []
+
+    def add(members: list[Slot], dtype: torch.dtype) -> None:
+        label = f"{name}.{len(parcels)}"
+        parcels.append(DenseParcel(label, members, dtype, schedule, transform))
+
+    kinds: dict[Any, list[Slot]] = {}
+    place = {id(p): i for i, group in enumerate(together or ()) for p in group}
+    for slot in reversed(slots):
+        if slot.sparse:
+            parcels.append(SparseParcel(f"{name}.{len(parcels)}", slot, schedule))
+            continue
+        if slot.length == 0:
+            continue
+        dtype = _real(slot.parameter.dtype)
+        dtype = wire if wire is not None and not slot.parameter.is_complex() else dtype
+        key: tuple[Any, ...] = (dtype, slot.parameter.device)
+        if together is not None:
+            # A parameter in no group travels alone.
+            key = (*key, place.get(id(slot.parameter), slot.name))
+        members = kinds.setdefault(key, [])
+        members.append(slot)
+        size = sum(member.length for member in members) * dtype.itemsize
+        if together is None and size >= bucket_bytes:
+            add(kinds.pop(key), dtype)
+    for (dtype, *_), members in kinds.items():
+        add(members, dtype)
+    return parcels
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return {
+        torch.complex32: torch.float16,
+        torch.complex64: torch.float32,
+        torch.complex128: torch.float64,
+    }.get(dtype, dtype)
+
+
+def _compression(compression: Any) -> tuple[torch.dtype | None, Any]:
+    """The element type on the wire, if it is not the gradient's own, and what to do to gradients.
+
+    Horovod's fp16 compression is a cast, so the buffer can hold its outcome. Another compressor's
+    outcome can have any form, of which shards and inner products may mean nothing; so what counts,
+    and what is sent, is the gradient that is left of compressing and decompressing.
+    """
+    from horovod.torch.compression import Compression
+
+    if compression is Compression.none or compression is None:
+        return None, None
+    if compression is Compression.fp16:
+        return torch.float16, None
+    return None, compression

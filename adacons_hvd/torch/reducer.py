@@ -1,0 +1,389 @@
+"""From gradients on parameters to aggregated gradients on parameters, over Horovod.
+
+The reducer watches an optimizer's parameters. Backward fills parcels; each starts on its way as
+soon as it is full; :meth:`Reducer.synchronize` does the rest. What could make ranks wait for each
+other in vain is settled at the start of every ``synchronize`` by one small sum (:class:`Flags`):
+
+* whether some rank has to lay out its parcels anew (the first step; parameters frozen, unfrozen
+  or added since) - then all do, and compare what they are doing;
+* whether some rank's layout or settings differ - then all raise the same error;
+* whether on some rank a gradient changed after it had left (several backward passes, reentrant
+  checkpointing) - then all send again;
+* whether some rank has left with ``hvd.join()`` - then only sums are available, and all use the
+  schedule that needs nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from horovod.torch.mpi_ops import HorovodInternalError, ProcessSet
+
+from .. import __version__, agreement
+from ..aggregators import Aggregator, Memory, pack_memory, unpack_memory
+from ..collectives import host_name
+from ..collectives.horovod_torch import HorovodTorch
+from ..costs import Topology, choose
+from ..report import Report
+from ..schedules import SCHEDULES, Step
+from .parcels import Parcel, Slot, plan
+
+__all__ = ["Flags", "Reducer", "Settings", "exchange_flags", "take_number"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; see ``DistributedOptimizer``."""
+
+    aggregator: Aggregator
+    schedule: str
+    granularity: str | Sequence[Sequence[torch.Tensor]]
+    compression: Any
+    gradient_predivide_factor: float
+    groups: int | Sequence[Sequence[torch.Tensor]] | None
+    sparse_as_dense: bool
+    process_set: ProcessSet
+    bucket_bytes: int
+    overlap: bool
+    grad_scaler: Any
+
+
+# How many optimizers have been used on each process set. The number is part of the names of an
+# optimizer's collectives, so it must be the same on every rank: optimizers are numbered in the
+# order of their first step.
+_numbers: Counter[int] = Counter()
+
+
+def take_number(process_set: ProcessSet) -> int:
+    number = _numbers[process_set.process_set_id]
+    _numbers[process_set.process_set_id] += 1
+    return number
+
+
+class Reducer:
+    """See the module docstring. One per optimizer."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[torch.Tensor, str],
+        backward_passes_per_step: int,
+        settings: Settings,
+    ) -> None:
+        self.settings = settings
+        self.passes = backward_passes_per_step
+        self.memory: Memory = {}
+        self.report: Report | None = None
+        #: Whether backward has run since the last synchronize.
+        self.pending = False
+        self._optimizer = weakref.ref(optimizer)
+        self._names = dict(names)
+        self._collectives = HorovodTorch(settings.process_set)
+        self._memory_workers = 0
+        self._number: int | None = None
+        self._hooks: dict[torch.Tensor, Any] = {}
+        self._forget_layout()
+        self._watch()
+
+    # --- during backward ------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Put a hook on every parameter that can have a gradient and has none yet."""
+        for parameter in self._parameters():
+            if parameter.requires_grad and parameter not in self._hooks:
+                hook = _calling(weakref.WeakMethod(self._added))
+                self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+
+    def _added(self, parameter: torch.Tensor) -> None:
+        """Backward has added to this parameter's gradient."""
+        if not self.pending:
+            self.pending = True
+            self._current = self._layout_is_current()
+        slot = self._slots.get(parameter)
+        if slot is None or slot.parcel is None:
+            return
+        slot.additions += 1
+        if not self._may_begin_early():
+            return
+        if slot.parcel.bucket.begun:
+            self._changed_after_leaving = True
+        elif slot.additions >= slot.expected:
+            slot.parcel.load(slot)
+            if slot.parcel.complete:
+                slot.parcel.bucket.begin()
+
+    def _may_begin_early(self) -> bool:
+        overlaps = self.settings.overlap and self._overlaps
+        return self._current and overlaps and self._step.may_begin_early
+
+    # --- before the optimizer's step ------------------------------------------------------------
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Replace every gradient by the aggregated one."""
+        if not self._flags_settle():
+            self._recall()
+        for parcel in self._parcels:
+            if not parcel.bucket.begun:
+                parcel.load_all()
+        if self._parcels:
+            buckets = [parcel.bucket for parcel in self._parcels]
+            decision, statistics = self._step.run(buckets, self.memory, self._unscale())
+            self.memory = decision.memory
+            self._memory_workers = self._collectives.size
+            self.report = Report(decision, statistics, self._schedule_name, self._reason)
+            for parcel in self._parcels:
+                parcel.deliver()
+        for slot in self._slots.values():
+            # A slot that was added to several times will be next time, most likely: reentrant
+            # checkpointing, or a second loss. Waiting for that many saves sending twice.
+            slot.expected = max(slot.additions, self.passes)
+            slot.additions = 0
+        self.pending = False
+
+    def _flags_settle(self) -> bool:
+        """Exchange flags and act on them. False if what has left must be sent again."""
+        if self._collectives.size != self.settings.process_set.size():
+            self._forget_layout()  # an elastic job has changed its size
+            self._collectives = HorovodTorch(self.settings.process_set)
+        current = self._layout_is_current()
+        if self._number is None:
+            self._number = take_number(self.settings.process_set)
+        mine = Flags(not current, self._changed_after_leaving, self._digest)
+        flags = exchange_flags(self._collectives, mine, self.name)
+        joined = any(worker is None for worker in flags)
+        present = [worker for worker in flags if worker is not None]
+        if joined != self._joined or any(worker.new_layout for worker in present):
+            self._recall()
+            self._lay_out(joined)
+            return True
+        if any(worker.digest != self._digest for worker in present):
+            agreement.confirm(self._collectives, self._description(), self.name)
+        self._changed_after_leaving = False
+        return not any(worker.changed for worker in present)
+
+    @property
+    def name(self) -> str:
+        return f"adacons.{self._number}"
+
+    def _recall(self) -> None:
+        """Wait for what is under way and forget it."""
+        for parcel in self._parcels:
+            if parcel.bucket.begun:
+                try:
+                    parcel.bucket.abandon()
+                except HorovodInternalError:
+                    # Horovod refuses all but sums once a rank has joined; a lost connection will
+                    # show again in the next collective.
+                    parcel.bucket.begun = False
+            for slot in parcel.slots:
+                slot.loaded = False
+        self._changed_after_leaving = False
+
+    def _unscale(self) -> torch.Tensor | float:
+        scaler = self.settings.grad_scaler
+        if scaler is None or not scaler.is_enabled():
+            return 1.0
+        device = self._parcels[0].bucket.reference.device
+        # Scaling a one gives the scale without asking the device for its value.
+        scale: torch.Tensor = scaler.scale(torch.ones((), dtype=torch.float32, device=device))
+        return 1 / scale.double()
+
+    # --- the layout -----------------------------------------------------------------------------
+
+    def _parameters(self) -> list[torch.Tensor]:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def _trainable(self) -> list[torch.Tensor]:
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
+
+    def _layout_is_current(self) -> bool:
+        trainable = self._trainable()
+        return len(trainable) == len(self._slots) and all(p in self._slots for p in trainable)
+
+    def _forget_layout(self) -> None:
+        self._slots: dict[torch.Tensor, Slot] = {}
+        self._parcels: list[Parcel] = []
+        self._digest = 0
+        self._joined = False
+        self._current = False
+        self._changed_after_leaving = False
+
+    def _lay_out(self, joined: bool) -> None:
+        """Agree with the other ranks on slots, parcels and schedule, and make them."""
+        settings = self.settings
+        self._watch()
+        parameters = self._trainable()
+        group_of, groups = self._granularity(parameters)
+        self._slots = {p: Slot(self._name_of(p), p, group_of[p], expected=self.passes) for p in parameters}
+        slots = list(self._slots.values())
+        hosts = [host_name()]
+        if not joined:
+            sparse = [i for i, slot in enumerate(slots) if self._is_sparse(slot)]
+            self._digest = agreement.digest(self._description())
+            mine = json.dumps([self._digest, host_name(), sparse]).encode()
+            answers = [json.loads(a) for a in self._collectives.allgather_bytes(mine, f"{self.name}.plan")]
+            if any(their_digest != self._digest for their_digest, _, _ in answers):
+                agreement.confirm(self._collectives, self._description(), self.name)
+            hosts = [host for _, host, _ in answers]
+            # A parameter may have a sparse gradient on one rank and none yet on another.
+            for index in {i for _, _, indices in answers for i in indices}:
+                slots[index].sparse = True
+        self._choose_schedule(slots, hosts, joined)
+        schedule = SCHEDULES[self._schedule_name](self._collectives, settings.gradient_predivide_factor)
+        self._parcels = plan(
+            f"{self.name}.{schedule.name}",
+            slots,
+            schedule,
+            bucket_bytes=settings.bucket_bytes,
+            together=self._together(parameters),
+            compression=settings.compression,
+        )
+        self._step = Step(self._collectives, settings.aggregator, groups, self.name)
+        self._overlaps = schedule.overlaps
+        self._joined = joined
+        if self.memory:
+            self._fit_memory(groups)
+
+    def _is_sparse(self, slot: Slot) -> bool:
+        gradient = slot.parameter.grad
+        if gradient is None or not gradient.is_sparse or self.settings.sparse_as_dense:
+            return False
+        return gradient.sparse_dim() == 1
+
+    def _choose_schedule(self, slots: Sequence[Slot], hosts: Sequence[str], joined: bool) -> None:
+        wanted = self.settings.schedule
+        gramian = self.settings.aggregator.needs_gramian
+        if joined:
+            if gramian:
+                raise RuntimeError(
+                    f"{self.settings.aggregator!r} needs the Gramian of all gradients, which "
+                    "cannot be computed once a rank has called hvd.join()"
+                )
+            self._schedule_name, self._reason = "two-pass", "a rank has joined: only sums are left"
+        elif wanted == "auto":
+            size = sum(s.length * s.parameter.element_size() for s in slots if not s.sparse)
+            topology = Topology(self._collectives.size, max(Counter(hosts).values()))
+            self._schedule_name, self._reason = choose(topology, size, gramian)
+        else:
+            self._schedule_name, self._reason = wanted, "asked for"
+
+    def _granularity(self, parameters: Sequence[torch.Tensor]) -> tuple[dict[torch.Tensor, int], int]:
+        """The group of every parameter, and the number of groups."""
+        granularity = self.settings.granularity
+        if granularity == "model":
+            return dict.fromkeys(parameters, 0), 1
+        if granularity == "layer":
+            return {p: i for i, p in enumerate(parameters)}, max(len(parameters), 1)
+        assert not isinstance(granularity, str)
+        group_of = {p: i for i, group in enumerate(granularity) for p in group}
+        rest = len(granularity)
+        has_rest = any(p not in group_of for p in parameters)
+        return {p: group_of.get(p, rest) for p in parameters}, rest + has_rest
+
+    def _together(self, parameters: Sequence[torch.Tensor]) -> list[list[torch.Tensor]] | None:
+        groups = self.settings.groups
+        if groups is None or groups == 0:
+            return None
+        if isinstance(groups, int):
+            count = min(groups, len(parameters))
+            bounds = [len(parameters) * k // count for k in range(count + 1)] if count else [0]
+            return [list(parameters[start:stop]) for start, stop in pairwise(bounds)]
+        return [list(group) for group in groups]
+
+    def _name_of(self, parameter: torch.Tensor) -> str:
+        if parameter not in self._names:  # added to the optimizer after it was wrapped
+            self._names[parameter] = f"adacons.noname.{len(self._names)}"
+        return self._names[parameter]
+
+    def _description(self) -> dict[str, Any]:
+        """What all ranks must have in common, in words that an error can show."""
+        settings = self.settings
+        granularity = settings.granularity
+        together = self._together(list(self._slots))
+        return {
+            "adacons_hvd": __version__,
+            "aggregator": repr(settings.aggregator),
+            "schedule": settings.schedule,
+            "granularity": granularity if isinstance(granularity, str) else "explicit groups",
+            "compression": getattr(settings.compression, "__name__", str(settings.compression)),
+            "gradient_predivide_factor": settings.gradient_predivide_factor,
+            "groups": None if together is None else [[self._name_of(p) for p in group] for group in together],
+            "sparse_as_dense": settings.sparse_as_dense,
+            "bucket_bytes": settings.bucket_bytes,
+            "grad_scaler": settings.grad_scaler is not None,
+            "parameters": [
+                [s.name, str(s.parameter.dtype), str(tuple(s.parameter.shape)), f"group {s.group}"]
+                for s in self._slots.values()
+            ],
+        }
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def set_passes(self, passes: int) -> None:
+        self.passes = passes
+        for slot in self._slots.values():
+            slot.expected = passes
+
+    def _fit_memory(self, groups: int) -> None:
+        """Make a memory fit the workers and groups there are now."""
+        aggregator, workers = self.settings.aggregator, self._collectives.size
+        if self.memory["steps"].shape[0] != groups:
+            self.memory = {}
+            return
+        if self._memory_workers != workers:
+            self.memory = aggregator.resized(self.memory, workers)
+            self._memory_workers = workers
+        device = self._parcels[0].bucket.reference.device if self._parcels else None
+        self.memory = {name: value.to(device) for name, value in self.memory.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return pack_memory(self.memory, self._memory_workers)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        memory, self._memory_workers = unpack_memory(state)
+        self.memory = {name: value.clone() for name, value in memory.items()}
+
+    def reset(self) -> None:
+        """Forget everything under way, without waiting for it: the workers may be gone."""
+        self._forget_layout()
+        self.pending = False
+
+
+@dataclass(frozen=True)
+class Flags:
+    new_layout: bool
+    changed: bool
+    digest: int
+
+
+def exchange_flags(collectives: HorovodTorch, mine: Flags, name: str) -> list[Flags | None]:
+    """Everyone's flags by rank; None for a rank that has left with ``hvd.join()``.
+
+    A sum, because that is the one collective which goes on working after a ``join``; and on the
+    host, so that an accelerator is never waited for.
+    """
+    table = torch.zeros((collectives.size, 4), dtype=torch.int64)
+    table[collectives.rank] = torch.tensor([1, mine.new_layout, mine.changed, mine.digest])
+    table = collectives.allreduce(table, f"{name}.flags", out=table).wait()
+    return [Flags(bool(new), bool(changed), digest) if here else None for here, new, changed, digest in table.tolist()]
+
+
+def _calling(method: weakref.WeakMethod[Callable[[torch.Tensor], None]]) -> Any:
+    """A hook that does not keep the reducer alive."""
+
+    def hook(parameter: torch.Tensor) -> None:
+        function = method()
+        if function is not None:
+            function(parameter)
+
+    return hook
