@@ -37,9 +37,9 @@ __all__ = ["AdaCons", "Aggregator", "Decision", "Mean", "Memory", "Statistics", 
 Memory = dict[str, Tensor]
 
 #: Eq. 13 divides by the sum of the coefficients. Below this fraction of the sum of their absolute
-#: values they cancel rather than agree: the quotient would be a step a thousand times too long, or
-#: one uphill, made of rounding errors.
-CANCELLATION = 1e-3
+#: values they cancel rather than agree: the quotient would be a step a hundred times too long, or
+#: one uphill, and in float32 have lost two of its seven digits.
+CANCELLATION = 1e-2
 
 NONFINITE_POLICIES = ("propagate", "exclude", "raise")
 
@@ -325,15 +325,17 @@ class AdaCons(Aggregator):
         alpha = ops.where(alive, statistics.dots / n_or_1, zero)
         stages = {"first-order": alpha}
 
-        # Eq. 11
+        # Eq. 11. With S the sort, S^-1(beta m + (1 - beta) S(alpha)) gives each worker the m of its
+        # rank and its own alpha; written so, it also holds where only some of N are present.
         if self.momentum:
             beta = self.momentum
-            curve, order = _sorted_curve(alpha, present)
-            m = beta * memory["curve"] + (1 - beta) * curve
-            m = ops.where(memory["updates"] == 0, curve, m)
-            alpha = _back_to_workers(m, order, present)
+            curve, rank = _sort(alpha, present)
+            m = memory["curve"]
+            first = memory["updates"] == 0
+            smoothed = beta * _read_at(m, rank) + (1 - beta) * alpha
+            alpha = ops.where(present & ~first, smoothed, alpha)
             memory = {
-                "curve": ops.where(silent, memory["curve"], m),
+                "curve": ops.where(silent, m, ops.where(first, curve, beta * m + (1 - beta) * curve)),
                 "updates": memory["updates"] + ops.wide(~silent),
             }
             stages["momentum"] = alpha
@@ -386,33 +388,21 @@ def _read_at(curve: Tensor, position: Tensor) -> Tensor:
     return below + (position - low) * (above - below)
 
 
-def _sorted_curve(alpha: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator S of Eq. 11: ``alpha`` ascending, and the order that did it.
+def _sort(alpha: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator S of Eq. 11: ``alpha`` in ascending order, and each worker's place in it.
 
-    With A of N workers present, their A sorted values are read at N points, so that the momentum
-    keeps its length. With all present this is the identity, exactly.
+    The sorted values are always N, as the momentum is. Where only A of N workers are present,
+    their A values are stretched to N, and places are between those of the N.
     """
     ops = ops_for(alpha)
-    order = ops.argsort(ops.where(present, alpha, float("inf") + ops.zeros_like(alpha)))
-    rank = ops.zeros_like(alpha) + ops.like(range(ops.shape(alpha)[-1]), alpha)
-    return _read_at(ops.take(alpha, order), rank * _stretch(present)), order
-
-
-def _back_to_workers(curve: Tensor, order: Tensor, present: Tensor) -> Tensor:
-    """The operator S^-1 of Eq. 11: give each worker the curve's value at its rank."""
-    ops = ops_for(curve)
-    rank = ops.wide(ops.argsort(order))
-    alpha = _read_at(curve, ops.where(present, rank / _stretch(present), ops.zeros_like(curve)))
-    return ops.where(present, alpha, ops.zeros_like(curve))
-
-
-def _stretch(present: Tensor) -> Tensor:
-    """From a position among N points to one among the A present: (A - 1) / (N - 1)."""
-    ops = ops_for(present)
-    intervals = max(ops.shape(present)[-1] - 1, 1)
+    workers = ops.shape(alpha)[-1]
     count = ops.total(ops.wide(present))
-    # One worker alone sits at position 0 whatever this is; it must only not be zero.
-    return ops.where(count > 1, count - 1, ops.ones_like(count)) / intervals
+    # How far apart A values are, in steps of N. One worker alone is at 0 whatever this is.
+    stride = max(workers - 1, 1) / ops.where(count > 1, count - 1, ops.ones_like(count))
+    order = ops.argsort(ops.where(present, alpha, ops.zeros_like(alpha) + float("inf")))
+    place = ops.where(present, ops.wide(ops.argsort(order)) * stride, ops.zeros_like(alpha))
+    number = ops.zeros_like(alpha) + ops.like(range(workers), alpha)
+    return _read_at(ops.take(alpha, order), number / stride), place
 
 
 def _count(present: Tensor) -> Tensor:

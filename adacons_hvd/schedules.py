@@ -420,14 +420,20 @@ class Step:
         return self.aggregator.nonfinite != "exclude"
 
     def run(
-        self, buckets: Sequence[Bucket], memory: Memory, unscale: Tensor | float = 1.0
+        self,
+        buckets: Sequence[Bucket],
+        memory: Memory,
+        unscale: Tensor | float = 1.0,
+        here: bool | None = None,
     ) -> tuple[Decision, Statistics]:
         """Aggregate. Afterwards every bucket holds its part of the result.
 
         ``unscale`` is what the gradients have to be multiplied by to be true gradients, where a
-        loss scale is in force; the result is scaled just as they are.
+        loss scale is in force; the result is scaled just as they are. ``here`` is given where
+        workers may run out of data at different times, on all of them alike: False on one that has
+        none left and brings zeros, to keep the others company.
         """
-        takes_part = self._take_part(buckets)
+        takes_part = self._take_part(buckets, here)
         for bucket in buckets:
             if not bucket.begun:
                 bucket.begin()
@@ -441,8 +447,11 @@ class Step:
             bucket.finish()
         return decision, statistics
 
-    def _take_part(self, buckets: Sequence[Bucket]) -> Tensor | None:
-        """Under ``nonfinite="exclude"``, whether this worker does; None if it surely does."""
+    def _take_part(self, buckets: Sequence[Bucket], here: bool | None) -> Tensor | None:
+        """Whether this worker does; None if all workers surely do."""
+        if here is not None and (not here or self.may_begin_early):
+            reference = buckets[0].reference
+            return ops_for(reference).like([here], reference)[0] == 1
         if self.may_begin_early:
             return None
         squares = [bucket.square() for bucket in buckets]

@@ -22,8 +22,7 @@ class HorovodTorch:
 
     # The public functions allocate their result anew in every call, at the price of touching
     # fresh memory each step. The functions below them take the result as an argument. Horovod
-    # 0.28.1 is its last release, so these will not change; were they gone, `out` would still be
-    # filled, by a copy.
+    # 0.28.1 is its last release, so these will not change.
 
     def allreduce(
         self,
@@ -34,27 +33,39 @@ class HorovodTorch:
         postscale: float = 1.0,
         out: torch.Tensor | None = None,
     ) -> Pending:
-        if tensor.dtype in _CARRIER:
-            widened = tensor.float()
-            inner = self.allreduce(widened, name, prescale=prescale, postscale=postscale, out=widened)
-            return ready(lambda: inner.wait().to(tensor.dtype))
-        out = torch.empty_like(tensor) if out is None else out
-        handle = hvd._allreduce_async(tensor, out, name, hvd.Sum, prescale, postscale, self.process_set)
-        return ready(lambda: hvd.synchronize(handle))
+        result = torch.empty_like(tensor) if out is None else out
+        carried = tensor.float() if tensor.dtype in _CARRIER else tensor
+        into = carried if tensor.dtype in _CARRIER else result
+        handle = hvd._allreduce_async(
+            carried, into, name, hvd.Sum, prescale, postscale, self.process_set
+        )
 
-    def allgather(self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None) -> Pending:
-        carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
-        length = self.size * tensor.numel()
-        out = tensor.new_empty(length) if out is None else out
-        handle = hvd._allgather_async(tensor.view(carrier), out.view(carrier), name, self.process_set)
-        return ready(lambda: hvd.synchronize(handle).view(tensor.dtype))
+        def finish() -> torch.Tensor:
+            summed = hvd.synchronize(handle)
+            return result if summed is result else result.copy_(summed)
 
-    def alltoall(self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None) -> Pending:
+        return ready(finish)
+
+    def allgather(
+        self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None
+    ) -> Pending:
         carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
-        out = torch.empty_like(tensor) if out is None else out
+        result = tensor.new_empty(self.size * tensor.numel()) if out is None else out
+        handle = hvd._allgather_async(
+            tensor.view(carrier), result.view(carrier), name, self.process_set
+        )
+        return ready(lambda: _then(hvd.synchronize(handle), result))
+
+    def alltoall(
+        self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None
+    ) -> Pending:
+        carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
+        result = torch.empty_like(tensor) if out is None else out
         received = torch.empty(self.size, dtype=torch.int32)
-        handle = hvd._alltoall_async(tensor.view(carrier), None, out.view(carrier), received, name, self.process_set)
-        return ready(lambda: hvd.synchronize(handle)[0].view(tensor.dtype))
+        handle = hvd._alltoall_async(
+            tensor.view(carrier), None, result.view(carrier), received, name, self.process_set
+        )
+        return ready(lambda: _then(hvd.synchronize(handle), result))
 
     def allgather_rows(self, tensor: torch.Tensor, name: str) -> Pending:
         carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
@@ -67,3 +78,8 @@ class HorovodTorch:
         payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         everything = self.allgather_rows(payload, f"{name}.bytes").wait()
         return [bytes(part.tolist()) for part in torch.split(everything, sizes)]
+
+
+def _then(_: object, result: torch.Tensor) -> torch.Tensor:
+    """The result, once the operation that fills it (through a view) is done."""
+    return result

@@ -30,6 +30,11 @@ def like(values: Iterable[float], reference: torch.Tensor) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.float64, device=reference.device)
 
 
+def beside(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """``x`` on the device of ``reference``."""
+    return x.to(reference.device)
+
+
 def zeros(shape: Sequence[int], reference: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tuple(shape), dtype=torch.float64, device=reference.device)
 
@@ -155,21 +160,18 @@ def _working(x: torch.Tensor) -> torch.Tensor:
 
 def square(gradient: torch.Tensor) -> torch.Tensor:
     """``<g, g>`` of a flat gradient."""
-    result = zeros((), gradient)
-    for block in _blocks(gradient.numel(), 1, gradient.device):
-        g = _working(gradient[block])
-        result += torch.dot(g, g)
-    return result
+    working = (_working(gradient[b]) for b in _blocks(gradient.numel(), 1, gradient.device))
+    parts = [torch.dot(g, g) for g in working]
+    return torch.stack(parts).sum(dtype=torch.float64) if parts else zeros((), gradient)
 
 
 def moments(gradient: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
     """``[<g, s>, <g, g>]`` of two flat tensors, each read from memory once."""
-    result = zeros((2,), gradient)
+    parts = []
     for block in _blocks(gradient.numel(), 2, gradient.device):
         g = _working(gradient[block])
-        result[0] += torch.dot(g, _working(summed[block]))
-        result[1] += torch.dot(g, g)
-    return result
+        parts += [torch.dot(g, _working(summed[block])), torch.dot(g, g)]
+    return torch.stack(parts).view(-1, 2).sum(0, dtype=torch.float64)
 
 
 def gramian(rows: torch.Tensor) -> torch.Tensor:

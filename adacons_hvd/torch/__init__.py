@@ -6,5 +6,8 @@ import adacons_hvd.torch as hvd        # was: import horovod.torch as hvd
 from horovod.torch import *  # noqa: F403
 from horovod.torch import elastic as elastic
 
+from ..aggregators import AdaCons as AdaCons
+from ..aggregators import Aggregator as Aggregator
+from ..aggregators import Mean as Mean
 from .optimizer import DistributedOptimizer as DistributedOptimizer
 from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state

@@ -15,15 +15,12 @@ from horovod.torch.mpi_ops import ProcessSet, global_process_set
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator
+from ..binding import STATE_KEY, check_aggregator, check_granularity, parameter_lists
 from ..collectives.horovod_torch import HorovodTorch
 from ..report import Report
-from ..schedules import SCHEDULES
 from .reducer import Flags, Reducer, Settings, exchange_flags, take_number
 
 __all__ = ["DistributedOptimizer", "broadcast_optimizer_state"]
-
-#: Where an optimizer's ``state_dict`` keeps the aggregator's state.
-STATE_KEY = "adacons"
 
 #: Large enough to fill a fast network, small enough to begin while backward still runs.
 BUCKET_BYTES = 32 << 20
@@ -126,7 +123,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     settings = Settings(
         aggregator=aggregator,
         schedule=schedule,
-        granularity=_checked_granularity(granularity),
+        granularity=check_granularity(granularity, torch.Tensor),
         compression=compression,
         gradient_predivide_factor=gradient_predivide_factor,
         groups=_checked_groups(groups),
@@ -229,7 +226,7 @@ class _Aggregating(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         state = self._base.state_dict(self)
         if self._reducer is not None:
-            state[STATE_KEY] = self._reducer.state_dict()
+            state[STATE_KEY] = self._reducer.state.state_dict()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -242,7 +239,7 @@ class _Aggregating(torch.optim.Optimizer):
         if self._reducer is not None:
             self._reducer.reset()
             if ours is not None:
-                self._reducer.load_state_dict(ours)
+                self._reducer.state.load_state_dict(ours)
 
 
 _METHODS = {
@@ -282,7 +279,7 @@ def _tell_plain(process_set: ProcessSet) -> None:
     collectives = HorovodTorch(process_set)
     name = f"adacons.{take_number(process_set)}"
     description = {"adacons_hvd": __version__, "aggregator": "None (Horovod's own reduction)"}
-    mine = Flags(False, False, agreement.digest(description))
+    mine = Flags(digest=agreement.digest(description))
     others = [flags for flags in exchange_flags(collectives, mine, name) if flags is not None]
     if any(flags.digest != mine.digest for flags in others):
         agreement.confirm(collectives, description, name)
@@ -295,8 +292,8 @@ def broadcast_optimizer_state(
     hvd.broadcast_optimizer_state(optimizer, root_rank, model)
     reducer: Reducer | None = getattr(optimizer, "_reducer", None)
     if reducer is not None:
-        state = {k: v.cpu() if torch.is_tensor(v) else v for k, v in reducer.state_dict().items()}
-        reducer.load_state_dict(hvd.broadcast_object(state, root_rank, name="adacons.state"))
+        state = {k: v.cpu() if torch.is_tensor(v) else v for k, v in reducer.state.state_dict().items()}
+        reducer.state.load_state_dict(hvd.broadcast_object(state, root_rank, name="adacons.state"))
         reducer.reset()
 
 
@@ -304,8 +301,7 @@ def broadcast_optimizer_state(
 
 
 def _check(aggregator: Aggregator, op: Any, passes: int, schedule: str, predivide: float) -> None:
-    if not isinstance(aggregator, Aggregator):
-        raise TypeError(f"aggregator must be an Aggregator such as AdaCons(), got {aggregator!r}")
+    check_aggregator(aggregator, schedule)
     if op != hvd.Average:
         name = {hvd.Sum: "Sum", hvd.Adasum: "Adasum"}.get(op, repr(op))
         raise ValueError(
@@ -316,15 +312,6 @@ def _check(aggregator: Aggregator, op: Any, passes: int, schedule: str, predivid
         raise ValueError(f"backward_passes_per_step must be positive, got {passes!r}")
     if predivide <= 0:
         raise ValueError(f"gradient_predivide_factor must be positive, got {predivide!r}")
-    if schedule != "auto" and schedule not in SCHEDULES:
-        choices = ", ".join(["auto", *SCHEDULES])
-        raise ValueError(f"schedule must be one of {choices}, got {schedule!r}")
-    if schedule != "auto" and aggregator.needs_gramian and not SCHEDULES[schedule].gives_gramian:
-        able = ", ".join(name for name, cls in SCHEDULES.items() if cls.gives_gramian)
-        raise ValueError(
-            f"{aggregator!r} needs the Gramian of all gradients, which schedule={schedule!r} "
-            f"never sees; use one of {able}"
-        )
 
 
 def _names(
@@ -352,14 +339,6 @@ def _names(
     return names
 
 
-def _checked_granularity(granularity: Any) -> str | list[list[torch.Tensor]]:
-    if isinstance(granularity, str):
-        if granularity not in ("model", "layer"):
-            raise ValueError(f'granularity must be "model", "layer" or lists of parameters, got {granularity!r}')
-        return granularity
-    return _parameter_lists("granularity", granularity)
-
-
 def _checked_groups(groups: Any) -> int | list[list[torch.Tensor]] | None:
     if groups is None:
         return None
@@ -367,16 +346,4 @@ def _checked_groups(groups: Any) -> int | list[list[torch.Tensor]] | None:
         if groups < 0:
             raise ValueError(f"groups must not be negative, got {groups}")
         return groups
-    return _parameter_lists("groups", groups)
-
-
-def _parameter_lists(argument: str, lists: Any) -> list[list[torch.Tensor]]:
-    result = [list(group) for group in lists]
-    seen: set[int] = set()
-    for parameter in (p for group in result for p in group):
-        if not isinstance(parameter, torch.Tensor):
-            raise ValueError(f"{argument} must hold parameters, found {type(parameter).__name__}")
-        if id(parameter) in seen:
-            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is in {argument} twice")
-        seen.add(id(parameter))
-    return result
+    return parameter_lists("groups", groups, torch.Tensor)

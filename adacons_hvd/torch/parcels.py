@@ -93,47 +93,65 @@ class DenseParcel(Parcel):
         padded = -(-length // schedule.collectives.size) * schedule.collectives.size
         buffer = torch.zeros(padded, dtype=dtype, device=slots[0].parameter.device)
         self._bucket = DenseBucket(name, buffer, segments, schedule)
+        self._views = {
+            slot: buffer[slot.start : slot.start + slot.length].view(_real_shape(slot.parameter)) for slot in slots
+        }
 
     @property
     def bucket(self) -> DenseBucket:
         return self._bucket
 
     def load(self, slot: Slot) -> None:
-        slot.loaded = True
-        gradient = slot.parameter.grad
-        view = self._view(slot)
-        if gradient is None:
-            view.zero_()
-            return
-        gradient = gradient.detach()
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        if self.compression is not None:
-            gradient = self.compression.decompress(*self.compression.compress(gradient))
-        view.copy_(torch.view_as_real(gradient) if gradient.is_complex() else gradient)
+        self._load([slot])
+
+    def load_all(self) -> None:
+        self._load([slot for slot in self.slots if not slot.loaded])
+
+    def _load(self, slots: Sequence[Slot]) -> None:
+        views, gradients = [], []
+        for slot in slots:
+            slot.loaded = True
+            view, gradient = self._views[slot], slot.parameter.grad
+            if gradient is None:
+                view.zero_()
+                continue
+            gradient = gradient.detach()
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
+            if self.compression is not None:
+                gradient = self.compression.decompress(*self.compression.compress(gradient))
+            views.append(view)
+            gradients.append(_real_view(gradient))
+        if views:
+            torch._foreach_copy_(views, gradients)
 
     def deliver(self) -> None:
+        views, gradients = [], []
         for slot in self.slots:
             slot.loaded = False
-            parameter = slot.parameter
+            parameter, view = slot.parameter, self._views[slot]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradient = parameter.grad.detach()
-            result = self._view(slot)
-            if parameter.is_complex():
-                result = torch.view_as_complex(result)
             if gradient.is_sparse:
-                result = result.to(gradient.dtype).to_sparse(gradient.sparse_dim())
-                parameter.grad = result
+                parameter.grad = view.to(gradient.dtype).to_sparse(gradient.sparse_dim())
             else:
-                gradient.copy_(result)
-            if self.bucket.restore is not None:
-                parameter.grad.mul_(self.bucket.restore[slot.group, 0])
+                views.append(view)
+                gradients.append(_real_view(gradient))
+        if views:
+            torch._foreach_copy_(gradients, views)
+        if self.bucket.restore is not None:
+            for slot in self.slots:
+                assert slot.parameter.grad is not None
+                slot.parameter.grad.mul_(self.bucket.restore[slot.group, 0])
 
-    def _view(self, slot: Slot) -> torch.Tensor:
-        shape = tuple(slot.parameter.shape) + ((2,) if slot.parameter.is_complex() else ())
-        buffer: torch.Tensor = self.bucket.buffer
-        return buffer[slot.start : slot.start + slot.length].view(shape)
+
+def _real_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    return (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
+
+
+def _real_view(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
 class SparseParcel(Parcel):
@@ -201,6 +219,7 @@ def plan(
         parcels.append(DenseParcel(label, members, dtype, schedule, transform))
 
     kinds: dict[Any, list[Slot]] = {}
+    sizes: dict[Any, int] = {}
     place = {id(p): i for i, group in enumerate(together or ()) for p in group}
     for slot in reversed(slots):
         if slot.sparse:
@@ -216,8 +235,9 @@ def plan(
             key = (*key, place.get(id(slot.parameter), slot.name))
         members = kinds.setdefault(key, [])
         members.append(slot)
-        size = sum(member.length for member in members) * dtype.itemsize
-        if together is None and size >= bucket_bytes:
+        sizes[key] = sizes.get(key, 0) + slot.length * dtype.itemsize
+        if together is None and sizes[key] >= bucket_bytes:
+            sizes[key] = 0
             add(kinds.pop(key), dtype)
     for (dtype, *_), members in kinds.items():
         add(members, dtype)

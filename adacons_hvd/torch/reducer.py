@@ -4,9 +4,9 @@ The reducer watches an optimizer's parameters. Backward fills parcels; each star
 soon as it is full; :meth:`Reducer.synchronize` does the rest. What could make ranks wait for each
 other in vain is settled at the start of every ``synchronize`` by one small sum (:class:`Flags`):
 
+* whether some rank's settings or parameters differ - then all raise the same error;
 * whether some rank has to lay out its parcels anew (the first step; parameters frozen, unfrozen
-  or added since) - then all do, and compare what they are doing;
-* whether some rank's layout or settings differ - then all raise the same error;
+  or added since) - then all do;
 * whether on some rank a gradient changed after it had left (several backward passes, reentrant
   checkpointing) - then all send again;
 * whether some rank has left with ``hvd.join()`` - then only sums are available, and all use the
@@ -27,10 +27,11 @@ import torch
 from horovod.torch.mpi_ops import HorovodInternalError, ProcessSet
 
 from .. import __version__, agreement
-from ..aggregators import Aggregator, Memory, pack_memory, unpack_memory
+from ..aggregators import Aggregator
+from ..binding import State, choose_schedule, group_parameters, unscale
 from ..collectives import host_name
 from ..collectives.horovod_torch import HorovodTorch
-from ..costs import Topology, choose
+from ..costs import Topology
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from .parcels import Parcel, Slot, plan
@@ -79,14 +80,13 @@ class Reducer:
     ) -> None:
         self.settings = settings
         self.passes = backward_passes_per_step
-        self.memory: Memory = {}
+        self.state = State()
         self.report: Report | None = None
         #: Whether backward has run since the last synchronize.
         self.pending = False
         self._optimizer = weakref.ref(optimizer)
         self._names = dict(names)
         self._collectives = HorovodTorch(settings.process_set)
-        self._memory_workers = 0
         self._number: int | None = None
         self._hooks: dict[torch.Tensor, Any] = {}
         self._forget_layout()
@@ -128,16 +128,15 @@ class Reducer:
     @torch.no_grad()
     def synchronize(self) -> None:
         """Replace every gradient by the aggregated one."""
-        if not self._flags_settle():
-            self._recall()
+        self._settle()
         for parcel in self._parcels:
             if not parcel.bucket.begun:
                 parcel.load_all()
         if self._parcels:
             buckets = [parcel.bucket for parcel in self._parcels]
-            decision, statistics = self._step.run(buckets, self.memory, self._unscale())
-            self.memory = decision.memory
-            self._memory_workers = self._collectives.size
+            loss_scale = unscale(self.settings.grad_scaler, buckets[0].reference)
+            decision, statistics = self._step.run(buckets, self.state.memory, loss_scale)
+            self.state.memory = decision.memory
             self.report = Report(decision, statistics, self._schedule_name, self._reason)
             for parcel in self._parcels:
                 parcel.deliver()
@@ -148,53 +147,53 @@ class Reducer:
             slot.additions = 0
         self.pending = False
 
-    def _flags_settle(self) -> bool:
-        """Exchange flags and act on them. False if what has left must be sent again."""
+    def _settle(self) -> None:
+        """Exchange flags, and do what they ask for until all ranks can take the same step."""
         if self._collectives.size != self.settings.process_set.size():
             self._forget_layout()  # an elastic job has changed its size
             self._collectives = HorovodTorch(self.settings.process_set)
-        current = self._layout_is_current()
         if self._number is None:
             self._number = take_number(self.settings.process_set)
-        mine = Flags(not current, self._changed_after_leaving, self._digest)
+        current = self._layout_is_current()
+        slots = list(self._slots.values()) if current else self._draft()
+        digest = self._digest if current else agreement.digest(self._description(slots))
+        begun = any(parcel.bucket.begun for parcel in self._parcels)
+        mine = Flags(not current, begun, self._changed_after_leaving, digest)
         flags = exchange_flags(self._collectives, mine, self.name)
-        joined = any(worker is None for worker in flags)
         present = [worker for worker in flags if worker is not None]
-        if joined != self._joined or any(worker.new_layout for worker in present):
-            self._recall()
-            self._lay_out(joined)
-            return True
-        if any(worker.digest != self._digest for worker in present):
-            agreement.confirm(self._collectives, self._description(), self.name)
-        self._changed_after_leaving = False
-        return not any(worker.changed for worker in present)
+        if any(worker.digest != digest for worker in present):
+            agreement.confirm(self._collectives, self._description(slots), self.name)
+        joined = len(present) < len(flags)
+        new_layout = joined != self._joined or any(worker.new_layout for worker in present)
+        if new_layout or any(worker.changed for worker in present):
+            if any(worker.begun for worker in present):
+                self._recall()
+            if new_layout:
+                self._lay_out(self._draft() if current else slots, digest, joined)
 
     @property
     def name(self) -> str:
         return f"adacons.{self._number}"
 
     def _recall(self) -> None:
-        """Wait for what is under way and forget it."""
+        """Bring everything under way to an end, and forget it.
+
+        What one rank has begun, all must begin, or it would wait for them for ever.
+        """
         for parcel in self._parcels:
-            if parcel.bucket.begun:
-                try:
-                    parcel.bucket.abandon()
-                except HorovodInternalError:
-                    # Horovod refuses all but sums once a rank has joined; a lost connection will
-                    # show again in the next collective.
-                    parcel.bucket.begun = False
+            if not parcel.bucket.begun:
+                parcel.load_all()
+                parcel.bucket.begin()
+        for parcel in self._parcels:
+            try:
+                parcel.bucket.abandon()
+            except HorovodInternalError:
+                # Horovod refuses all but sums once a rank has joined; a lost connection will show
+                # again in the next collective.
+                parcel.bucket.begun = False
             for slot in parcel.slots:
                 slot.loaded = False
         self._changed_after_leaving = False
-
-    def _unscale(self) -> torch.Tensor | float:
-        scaler = self.settings.grad_scaler
-        if scaler is None or not scaler.is_enabled():
-            return 1.0
-        device = self._parcels[0].bucket.reference.device
-        # Scaling a one gives the scale without asking the device for its value.
-        scale: torch.Tensor = scaler.scale(torch.ones((), dtype=torch.float32, device=device))
-        return 1 / scale.double()
 
     # --- the layout -----------------------------------------------------------------------------
 
@@ -218,41 +217,42 @@ class Reducer:
         self._current = False
         self._changed_after_leaving = False
 
-    def _lay_out(self, joined: bool) -> None:
-        """Agree with the other ranks on slots, parcels and schedule, and make them."""
-        settings = self.settings
+    def _draft(self) -> list[Slot]:
+        """Slots for the parameters as they are now."""
         self._watch()
-        parameters = self._trainable()
-        group_of, groups = self._granularity(parameters)
-        self._slots = {p: Slot(self._name_of(p), p, group_of[p], expected=self.passes) for p in parameters}
-        slots = list(self._slots.values())
+        # Groups are numbered over all parameters, so that the memory of a layer stays its own
+        # when another is frozen.
+        group_of, self._groups = group_parameters(self.settings.granularity, self._parameters())
+        return [Slot(self._name_of(p), p, group_of[p], expected=self.passes) for p in self._trainable()]
+
+    def _lay_out(self, slots: list[Slot], digest: int, joined: bool) -> None:
+        """Make parcels of slots that all ranks have alike."""
         hosts = [host_name()]
         if not joined:
             sparse = [i for i, slot in enumerate(slots) if self._is_sparse(slot)]
-            self._digest = agreement.digest(self._description())
-            mine = json.dumps([self._digest, host_name(), sparse]).encode()
+            mine = json.dumps([host_name(), sparse]).encode()
             answers = [json.loads(a) for a in self._collectives.allgather_bytes(mine, f"{self.name}.plan")]
-            if any(their_digest != self._digest for their_digest, _, _ in answers):
-                agreement.confirm(self._collectives, self._description(), self.name)
-            hosts = [host for _, host, _ in answers]
+            hosts = [host for host, _ in answers]
             # A parameter may have a sparse gradient on one rank and none yet on another.
-            for index in {i for _, _, indices in answers for i in indices}:
+            for index in {i for _, indices in answers for i in indices}:
                 slots[index].sparse = True
         self._choose_schedule(slots, hosts, joined)
-        schedule = SCHEDULES[self._schedule_name](self._collectives, settings.gradient_predivide_factor)
+        schedule = SCHEDULES[self._schedule_name](self._collectives, self.settings.gradient_predivide_factor)
+        self._slots = {slot.parameter: slot for slot in slots}
         self._parcels = plan(
             f"{self.name}.{schedule.name}",
             slots,
             schedule,
-            bucket_bytes=settings.bucket_bytes,
-            together=self._together(parameters),
-            compression=settings.compression,
+            bucket_bytes=self.settings.bucket_bytes,
+            together=self._together(list(self._slots)),
+            compression=self.settings.compression,
         )
-        self._step = Step(self._collectives, settings.aggregator, groups, self.name)
+        self._step = Step(self._collectives, self.settings.aggregator, self._groups, self.name)
         self._overlaps = schedule.overlaps
-        self._joined = joined
-        if self.memory:
-            self._fit_memory(groups)
+        self._digest, self._joined = digest, joined
+        if self._parcels:
+            reference = self._parcels[0].bucket.reference
+            self.state.fit(self.settings.aggregator, self._groups, self._collectives.size, reference)
 
     def _is_sparse(self, slot: Slot) -> bool:
         gradient = slot.parameter.grad
@@ -261,34 +261,19 @@ class Reducer:
         return gradient.sparse_dim() == 1
 
     def _choose_schedule(self, slots: Sequence[Slot], hosts: Sequence[str], joined: bool) -> None:
-        wanted = self.settings.schedule
-        gramian = self.settings.aggregator.needs_gramian
         if joined:
-            if gramian:
+            if self.settings.aggregator.needs_gramian:
                 raise RuntimeError(
                     f"{self.settings.aggregator!r} needs the Gramian of all gradients, which "
                     "cannot be computed once a rank has called hvd.join()"
                 )
             self._schedule_name, self._reason = "two-pass", "a rank has joined: only sums are left"
-        elif wanted == "auto":
+        else:
             size = sum(s.length * s.parameter.element_size() for s in slots if not s.sparse)
             topology = Topology(self._collectives.size, max(Counter(hosts).values()))
-            self._schedule_name, self._reason = choose(topology, size, gramian)
-        else:
-            self._schedule_name, self._reason = wanted, "asked for"
-
-    def _granularity(self, parameters: Sequence[torch.Tensor]) -> tuple[dict[torch.Tensor, int], int]:
-        """The group of every parameter, and the number of groups."""
-        granularity = self.settings.granularity
-        if granularity == "model":
-            return dict.fromkeys(parameters, 0), 1
-        if granularity == "layer":
-            return {p: i for i, p in enumerate(parameters)}, max(len(parameters), 1)
-        assert not isinstance(granularity, str)
-        group_of = {p: i for i, group in enumerate(granularity) for p in group}
-        rest = len(granularity)
-        has_rest = any(p not in group_of for p in parameters)
-        return {p: group_of.get(p, rest) for p in parameters}, rest + has_rest
+            self._schedule_name, self._reason = choose_schedule(
+                self.settings.schedule, self.settings.aggregator, size, topology
+            )
 
     def _together(self, parameters: Sequence[torch.Tensor]) -> list[list[torch.Tensor]] | None:
         groups = self.settings.groups
@@ -305,11 +290,11 @@ class Reducer:
             self._names[parameter] = f"adacons.noname.{len(self._names)}"
         return self._names[parameter]
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """What all ranks must have in common, in words that an error can show."""
         settings = self.settings
         granularity = settings.granularity
-        together = self._together(list(self._slots))
+        together = self._together([slot.parameter for slot in slots])
         return {
             "adacons_hvd": __version__,
             "aggregator": repr(settings.aggregator),
@@ -322,8 +307,7 @@ class Reducer:
             "bucket_bytes": settings.bucket_bytes,
             "grad_scaler": settings.grad_scaler is not None,
             "parameters": [
-                [s.name, str(s.parameter.dtype), str(tuple(s.parameter.shape)), f"group {s.group}"]
-                for s in self._slots.values()
+                [s.name, str(s.parameter.dtype), str(tuple(s.parameter.shape)), f"group {s.group}"] for s in slots
             ],
         }
 
@@ -334,25 +318,6 @@ class Reducer:
         for slot in self._slots.values():
             slot.expected = passes
 
-    def _fit_memory(self, groups: int) -> None:
-        """Make a memory fit the workers and groups there are now."""
-        aggregator, workers = self.settings.aggregator, self._collectives.size
-        if self.memory["steps"].shape[0] != groups:
-            self.memory = {}
-            return
-        if self._memory_workers != workers:
-            self.memory = aggregator.resized(self.memory, workers)
-            self._memory_workers = workers
-        device = self._parcels[0].bucket.reference.device if self._parcels else None
-        self.memory = {name: value.to(device) for name, value in self.memory.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return pack_memory(self.memory, self._memory_workers)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        memory, self._memory_workers = unpack_memory(state)
-        self.memory = {name: value.clone() for name, value in memory.items()}
-
     def reset(self) -> None:
         """Forget everything under way, without waiting for it: the workers may be gone."""
         self._forget_layout()
@@ -361,9 +326,16 @@ class Reducer:
 
 @dataclass(frozen=True)
 class Flags:
-    new_layout: bool
-    changed: bool
-    digest: int
+    """What a rank tells the others at the start of every step."""
+
+    #: It has to lay out its parcels anew.
+    new_layout: bool = False
+    #: It has begun to send.
+    begun: bool = False
+    #: It has to send again.
+    changed: bool = False
+    #: Stands for its settings and parameters.
+    digest: int = 0
 
 
 def exchange_flags(collectives: HorovodTorch, mine: Flags, name: str) -> list[Flags | None]:
@@ -372,10 +344,13 @@ def exchange_flags(collectives: HorovodTorch, mine: Flags, name: str) -> list[Fl
     A sum, because that is the one collective which goes on working after a ``join``; and on the
     host, so that an accelerator is never waited for.
     """
-    table = torch.zeros((collectives.size, 4), dtype=torch.int64)
-    table[collectives.rank] = torch.tensor([1, mine.new_layout, mine.changed, mine.digest])
+    table = torch.zeros((collectives.size, 5), dtype=torch.int64)
+    table[collectives.rank] = torch.tensor([1, mine.new_layout, mine.begun, mine.changed, mine.digest])
     table = collectives.allreduce(table, f"{name}.flags", out=table).wait()
-    return [Flags(bool(new), bool(changed), digest) if here else None for here, new, changed, digest in table.tolist()]
+    return [
+        Flags(bool(new_layout), bool(begun), bool(changed), digest) if here else None
+        for here, new_layout, begun, changed, digest in table.tolist()
+    ]
 
 
 def _calling(method: weakref.WeakMethod[Callable[[torch.Tensor], None]]) -> Any:

@@ -1,0 +1,151 @@
+"""What the bindings have in common: arguments that mean the same, and what an optimizer remembers.
+
+No framework and no communication library is imported here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .aggregators import Aggregator, Memory, pack_memory, unpack_memory
+from .costs import Topology, choose
+from .ops import Tensor, ops_for
+from .schedules import SCHEDULES
+
+__all__ = [
+    "STATE_KEY",
+    "State",
+    "check_aggregator",
+    "check_granularity",
+    "choose_schedule",
+    "group_parameters",
+    "parameter_lists",
+    "unscale",
+]
+
+#: Where an optimizer's ``state_dict`` keeps the aggregator's state.
+STATE_KEY = "adacons"
+
+Parameter = TypeVar("Parameter", bound=Hashable)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def check_aggregator(aggregator: Any, schedule: str) -> None:
+    """Refuse what is no aggregator, and a schedule that is unknown or cannot serve it."""
+    if not isinstance(aggregator, Aggregator):
+        raise TypeError(f"aggregator must be an Aggregator such as AdaCons(), got {aggregator!r}")
+    if schedule != "auto" and schedule not in SCHEDULES:
+        choices = ", ".join(["auto", *SCHEDULES])
+        raise ValueError(f"schedule must be one of {choices}, got {schedule!r}")
+    if schedule != "auto" and aggregator.needs_gramian and not SCHEDULES[schedule].gives_gramian:
+        able = ", ".join(name for name, cls in SCHEDULES.items() if cls.gives_gramian)
+        raise ValueError(
+            f"{aggregator!r} needs the Gramian of all gradients, which schedule={schedule!r} "
+            f"never sees; use one of {able}"
+        )
+
+
+def check_granularity(granularity: Any, kind: Any) -> str | list[list[Any]]:
+    """``granularity`` as the bindings keep it; ``kind`` is the class of parameters."""
+    if isinstance(granularity, str):
+        if granularity not in ("model", "layer"):
+            raise ValueError(f'granularity must be "model", "layer" or lists of parameters, got {granularity!r}')
+        return granularity
+    return parameter_lists("granularity", granularity, kind)
+
+
+def parameter_lists(argument: str, lists: Any, kind: Any) -> list[list[Any]]:
+    """Lists of parameters, none of them in two places."""
+    result = [list(group) for group in lists]
+    seen: set[int] = set()
+    for parameter in (p for group in result for p in group):
+        if not isinstance(parameter, kind):
+            raise ValueError(f"{argument} must hold parameters, found {type(parameter).__name__}")
+        if id(parameter) in seen:
+            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is in {argument} twice")
+        seen.add(id(parameter))
+    return result
+
+
+def group_parameters(
+    granularity: str | Sequence[Sequence[Parameter]], parameters: Sequence[Parameter]
+) -> tuple[dict[Parameter, int], int]:
+    """The group of every parameter, and the number of groups.
+
+    >>> group_parameters("layer", ["weight", "bias"])
+    ({'weight': 0, 'bias': 1}, 2)
+    >>> group_parameters([["bias"]], ["weight", "bias"])
+    ({'weight': 1, 'bias': 0}, 2)
+    """
+    if granularity == "model":
+        return dict.fromkeys(parameters, 0), 1
+    if granularity == "layer":
+        return {p: i for i, p in enumerate(parameters)}, max(len(parameters), 1)
+    assert not isinstance(granularity, str)
+    group_of = {p: i for i, group in enumerate(granularity) for p in group}
+    rest = len(granularity)
+    has_rest = any(p not in group_of for p in parameters)
+    return {p: group_of.get(p, rest) for p in parameters}, rest + has_rest
+
+
+def choose_schedule(wanted: str, aggregator: Aggregator, size: float, topology: Topology) -> tuple[str, str]:
+    """The schedule to use and why that one, for ``size`` bytes of dense gradient per worker."""
+    if wanted == "auto":
+        return choose(topology, size, aggregator.needs_gramian)
+    return wanted, "asked for"
+
+
+def unscale(grad_scaler: Any, reference: Tensor) -> Tensor | float:
+    """What gradients have to be multiplied by to undo the loss scale in force."""
+    if grad_scaler is None or not grad_scaler.is_enabled():
+        return 1.0
+    # Scaling a one gives the scale without asking the device for its value.
+    return 1 / grad_scaler.scale(ops_for(reference).zeros((), reference) + 1)
+
+
+# --- what an optimizer remembers ----------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """An aggregator's memory on behalf of one optimizer, and the number of workers it is for."""
+
+    memory: Memory = field(default_factory=dict)
+    workers: int = 0
+
+    def fit(self, aggregator: Aggregator, groups: int, workers: int, reference: Tensor) -> None:
+        """Make a loaded memory fit the groups and workers there are, on ``reference``'s device."""
+        ops = ops_for(reference)
+        known = ops.shape(self.memory["steps"])[0] if self.memory else groups
+        if known > groups:
+            warnings.warn(
+                f"the aggregator's state is for {known} groups of parameters and there are {groups} now, "
+                "so it starts afresh",
+                stacklevel=2,
+            )
+            self.memory = {}
+        elif known < groups:  # parameters were added; their groups start with nothing
+            self.memory = {name: _taller(value, groups) for name, value in self.memory.items()}
+        if self.memory and self.workers != workers:
+            self.memory = aggregator.resized(self.memory, workers)
+        self.memory = {name: ops.beside(value, reference) for name, value in self.memory.items()}
+        self.workers = workers
+
+    def state_dict(self) -> dict[str, Any]:
+        return pack_memory(self.memory, self.workers)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.memory, self.workers = unpack_memory(state)
+
+
+def _taller(tensor: Tensor, rows: int) -> Tensor:
+    """A matrix with rows of zeros added."""
+    ops = ops_for(tensor)
+    height, width = ops.shape(tensor)
+    flat = [ops.reshape(tensor, (-1,)), ops.zeros(((rows - height) * width,), tensor)]
+    return ops.reshape(ops.concat(flat), (rows, width))

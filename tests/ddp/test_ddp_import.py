@@ -1,0 +1,45 @@
+"""Nothing of Horovod is imported or needed."""
+
+from __future__ import annotations
+
+import pytest
+
+SCRIPT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "horovod":
+            raise ModuleNotFoundError("No module named 'horovod'", name="horovod")
+
+sys.meta_path.insert(0, Absent())
+try:
+    import horovod
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the blocker does not block")
+
+import doctest
+import torch
+import adacons_hvd.ddp
+import adacons_hvd.ddp.attaching, adacons_hvd.binding, adacons_hvd.collectives.distributed
+
+# Each example starts the process group, which a process should do once.
+torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group = lambda backend: None
+failed = tried = 0
+for module in (adacons_hvd.collectives.distributed, adacons_hvd.ddp.attaching, adacons_hvd.binding):
+    result = doctest.testmod(module)
+    failed, tried = failed + result.failed, tried + result.attempted
+torch.distributed.destroy_process_group()
+assert not any(name.split(".")[0] == "horovod" for name in sys.modules)
+assert tried > 10 and not failed, (tried, failed)
+"""
+
+
+@pytest.mark.ranks(2, launcher="torchrun")
+@pytest.mark.time_limit(120)
+def test_the_documented_examples_run_without_horovod(cluster):
+    result = cluster.script(SCRIPT)
+    assert result.exit_code == 0, result.log + "".join(result.stdout + result.stderr)

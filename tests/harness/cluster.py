@@ -1,0 +1,177 @@
+"""The object a test gets: run functions and scripts on the ranks its marks ask for."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import TimeoutExpired
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import cloudpickle
+
+from harness import processes
+from harness.errors import ClusterError
+from harness.launchers import LAUNCHERS
+from harness.pool import START, Job, Pool, Spec, section
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ScriptResult:
+    """How a script's job ended. `stdout` and `stderr` hold one string per rank, `log` what the launcher printed."""
+
+    exit_code: int
+    stdout: list[str]
+    stderr: list[str]
+    log: str
+    seconds: float
+
+    def __str__(self) -> str:
+        parts = [f"exit code {self.exit_code} after {self.seconds:.1f} s"]
+        for rank, (out, err) in enumerate(zip(self.stdout, self.stderr, strict=True)):
+            parts += [section(f"rank {rank}: stdout", out), section(f"rank {rank}: stderr", err)]
+        return "\n".join(filter(None, [*parts, section("launcher", self.log)]))
+
+
+class Pools:
+    """The one pool that may be alive, and the folders of all that were."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count()
+        self._pool: Pool | None = None
+
+    def folder(self, spec: Spec) -> Path:
+        """A new folder for a job's output."""
+        folder = self._folder / f"{next(self._numbers)}-{spec.launcher}-{spec.ranks}"
+        folder.mkdir()
+        return folder
+
+    def take(self, spec: Spec) -> Pool:
+        """The pool for this spec: the one that is up, if it fits. Its user returns it by `keep`, or ends it."""
+        if self._pool and self._pool.spec == spec:
+            pool, self._pool = self._pool, None
+            return pool
+        self.close()
+        return Pool(spec, self.folder(spec))
+
+    def keep(self, pool: Pool) -> None:
+        """Let the next user have this pool."""
+        self._pool = pool
+
+    def close(self) -> None:
+        """End the pool that is up, if any."""
+        pool, self._pool = self._pool, None
+        if pool:
+            pool.close()
+
+
+class Cluster:
+    """N ranks under one launcher; see the package's docstring."""
+
+    def __init__(self, pools: Pools, spec: Spec, timeout: float, module: ModuleType) -> None:
+        self._pools = pools
+        self._spec = spec
+        self._timeout = timeout
+        self._module = module
+
+    def __repr__(self) -> str:
+        return f"Cluster({self._spec})"
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks functions and scripts run on."""
+        return self._spec.ranks
+
+    @property
+    def launcher(self) -> str:
+        """The name of the launcher that starts them."""
+        return self._spec.launcher
+
+    def run(
+        self,
+        fn: Callable[..., Result],
+        *args: Any,
+        timeout: float | None = None,
+        fresh: bool = False,
+        **kwargs: Any,
+    ) -> list[Result]:
+        """`fn(*args, **kwargs)` on every rank; the return values in rank order."""
+        __tracebackhide__ = True
+        call = self._pickle((fn, args, kwargs))
+        folders = [str(Path(self._module.__file__ or "").parent)]
+        if fresh:
+            self._pools.close()
+        pool = self._pools.take(self._spec)
+        name = f"{getattr(fn, '__name__', repr(fn))}()"
+        # If this raises, the pool has ended itself.
+        results = pool.run(name, folders, call, self._timeout if timeout is None else timeout)
+        if fresh:
+            pool.close()
+        else:
+            self._pools.keep(pool)
+        return results
+
+    def _pickle(self, call: tuple[Any, ...]) -> bytes:
+        # By value, because the ranks cannot import a test module the way pytest does.
+        cloudpickle.register_pickle_by_value(self._module)
+        try:
+            pickled: bytes = cloudpickle.dumps(call)
+            return pickled
+        finally:
+            cloudpickle.unregister_pickle_by_value(self._module)
+
+    def script(
+        self,
+        program: Path | str,
+        args: Sequence[str] = (),
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> ScriptResult:
+        """A Python program as the job itself: a file (`Path`) or its source (`str`)."""
+        __tracebackhide__ = True
+        self._pools.close()
+        folder = self._pools.folder(self._spec)
+        if isinstance(program, str):
+            file = folder / "script.py"
+            file.write_text(program)
+        else:
+            file = program.resolve()
+        variable = LAUNCHERS[self._spec.launcher].rank_variable
+        keep = [sys.executable, str(START), "rank", variable, str(folder)]
+        limit = self._timeout if timeout is None else timeout
+        started = time.monotonic()
+        job = Job(self._spec, folder, [*keep, sys.executable, str(file), *args], env)
+        exit_code: int | None = None
+        try:
+            with suppress(TimeoutExpired):
+                exit_code = job.process.wait(limit)
+        finally:
+            job.end()
+        files = [[folder / f"rank{rank}.{kind}" for rank in range(self.ranks)] for kind in ("out", "err")]
+        out, err = ([file.read_text(errors="replace") if file.exists() else "" for file in kind] for kind in files)
+        seconds = time.monotonic() - started
+        result = ScriptResult(-1 if exit_code is None else exit_code, out, err, job.log(), seconds)
+        if exit_code is None:
+            where = f"{file.name} on {self.ranks} ranks under {self.launcher}"
+            raise ClusterError(f"{where}: no end after {limit:g} s\n{result}")
+        return result
+
+
+def check_nothing_left() -> None:
+    """Raise if any process started by this test session is still alive, after ending it."""
+    left = processes.marked(Job.SESSION)
+    if left:
+        names = processes.describe(left)
+        processes.signal_all(left, signal.SIGKILL)
+        raise RuntimeError(f"processes of distributed tests were still alive at the end of the session:\n{names}")

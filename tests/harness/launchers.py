@@ -1,0 +1,113 @@
+"""The ways to start N processes, and the environment they get. A new launcher is one more entry in LAUNCHERS."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """`command(n)` is what stands before the program; `rank_variable` tells each process its rank."""
+
+    command: Callable[[int], list[str]]
+    rank_variable: str
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def program(name: str) -> str:
+    """The program of that name, preferably the one installed beside this Python."""
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    found = shutil.which(name, path=search)
+    if found is None:
+        raise FileNotFoundError(f"{name} is neither beside {sys.executable} nor on PATH; is it installed?")
+    return found
+
+
+def _mpirun(ranks: int) -> list[str]:
+    options = {
+        # More ranks than cores is normal here, and pinning them would put them all on the first core.
+        "--bind-to": "none",
+        # Plain sockets and shared memory, on the loopback only: no probing for networks, the same on every machine.
+        "--mca pml": "ob1",
+        "--mca btl": "self,vader,tcp",
+        "--mca btl_tcp_if_include": "lo",
+        "--mca oob_tcp_if_include": "lo",
+        # Containers forbid reading another process's memory; without this every large message would first fail.
+        "--mca btl_vader_single_copy_mechanism": "none",
+    }
+    words = [word for option, value in options.items() for word in (*option.split(), value)]
+    return [program("mpirun"), "-np", str(ranks), "--oversubscribe", *words]
+
+
+def _horovodrun(ranks: int) -> list[str]:
+    return [program("horovodrun"), "--gloo", "-np", str(ranks)]
+
+
+def _torchrun(ranks: int) -> list[str]:
+    options = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", str(ranks), "--no-python"]
+    return [program("torchrun"), *options]
+
+
+LAUNCHERS: dict[str, Launcher] = {
+    "mpi": Launcher(
+        _mpirun,
+        "OMPI_COMM_WORLD_RANK",
+        {
+            "HOROVOD_CONTROLLER": "mpi",
+            "HOROVOD_CPU_OPERATIONS": "mpi",
+            # Read only when root; containers often are.
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        },
+    ),
+    "gloo": Launcher(
+        _horovodrun,
+        "HOROVOD_RANK",
+        # Eight processes importing a framework on two cores reach hvd.init() far apart; 30 s is the default.
+        {"HOROVOD_GLOO_TIMEOUT_SECONDS": "120"},
+    ),
+    "torchrun": Launcher(_torchrun, "RANK"),
+}
+
+DEFAULTS = {
+    # One thread per rank: several ranks with several threads each spend a small machine's time on switching.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_NUM_INTEROP_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    # Lets a test make and remove process sets after hvd.init().
+    "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+    # What a rank printed before it was killed must already be in its file.
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def _package_folder() -> str:
+    """Where this process finds the package under test, so that the ranks find the same one."""
+    found = importlib.util.find_spec("adacons_hvd")
+    places = found.submodule_search_locations if found else None
+    return str(Path(next(iter(places))).parent) if places else str(TESTS.parent)
+
+
+def environment(launcher: Launcher, folder: Path, extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment a job starts with: this process's, the defaults, the launcher's, the test's.
+
+    What launchers and ranks leave lying about when they are killed, they leave in `folder`.
+    """
+    path = [_package_folder(), str(TESTS), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    ours = {
+        "PYTHONPATH": os.pathsep.join(path),
+        "TMPDIR": str(folder),
+        # Open MPI's shared memory, elsewhere a file in /dev/shm; containers also have little of that.
+        "OMPI_MCA_btl_vader_backing_directory": str(folder),
+    }
+    return {**os.environ, **DEFAULTS, **ours, **launcher.env, **extra}

@@ -1,0 +1,85 @@
+"""What pytest needs to know: the marks, the fixture, the order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from harness.cluster import Cluster, Pools, check_nothing_left
+from harness.launchers import LAUNCHERS
+from harness.pool import Spec
+
+TIME_LIMIT = 60.0
+
+
+def under_mpi() -> bool:
+    """Whether mpirun started this very process."""
+    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        'ranks(*numbers, launcher=("mpi", "gloo"), env={}, pool=""): what the `cluster` fixture runs on',
+        "time_limit(seconds): hard limit of each distributed run of a test",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cluster" in metafunc.fixturenames:
+        mark = metafunc.definition.get_closest_marker("ranks")
+        specs = specs_of(*mark.args, **mark.kwargs) if mark else specs_of()
+        metafunc.parametrize("cluster", specs, ids=str, indirect=True)
+
+
+def specs_of(
+    *numbers: int, launcher: str | Iterable[str] = ("mpi", "gloo"), env: dict[str, str] | None = None, pool: str = ""
+) -> list[Spec]:
+    """The pools a `ranks` mark asks for."""
+    launchers = [launcher] if isinstance(launcher, str) else list(launcher)
+    unknown = sorted(set(launchers) - set(LAUNCHERS))
+    if unknown:
+        raise ValueError(f"unknown launcher {unknown[0]!r} in a ranks mark; there are {sorted(LAUNCHERS)}")
+    wrong = [number for number in numbers if not isinstance(number, int) or number < 1]
+    if wrong:
+        raise ValueError(f"a ranks mark needs positive numbers of processes, not {wrong[0]!r}")
+    variables = tuple(sorted((env or {}).items()))
+    return [Spec(name, number, variables, pool) for name in launchers for number in numbers or (2,)]
+
+
+def spec_of(item: pytest.Item) -> Spec | None:
+    """The pool a collected test runs on, if it uses one."""
+    callspec = getattr(item, "callspec", None)
+    found: Spec | None = callspec.params.get("cluster") if callspec else None
+    return found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests without a cluster first, then those that can share a pool together."""
+
+    def key(item: pytest.Item) -> tuple[Any, ...]:
+        spec = spec_of(item)
+        return (1, spec.launcher, spec.word, spec.env, spec.ranks) if spec else (0,)
+
+    items.sort(key=key)
+
+
+@pytest.fixture(scope="session")
+def cluster_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    pools = Pools(tmp_path_factory.mktemp("cluster"))
+    yield pools
+    pools.close()
+    check_nothing_left()
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest, cluster_pools: Pools) -> Cluster:
+    """N real processes to run functions on; N and the launcher come from the `ranks` mark."""
+    if under_mpi():
+        pytest.fail("this test starts its own processes; run it without mpirun", pytrace=False)
+    mark = request.node.get_closest_marker("time_limit")
+    return Cluster(cluster_pools, request.param, float(mark.args[0]) if mark else TIME_LIMIT, request.module)

@@ -1,0 +1,122 @@
+"""A rank of a pool: runs the functions the test process sends, one after the other.
+
+    python -m harness.worker ADDRESS RANK_VARIABLE SIZE LAUNCHER FOLDER
+
+The launched process forks at once. The child runs the functions. The parent only watches: it tells the test process
+how the child ended (a killed process cannot), ends the way the child did so that the launcher sees it too, and kills
+the child when the test process goes away, even while the child hangs in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+import cloudpickle
+
+from harness import inside
+from harness.start import die_with_parent, keep_output
+
+
+def main() -> None:
+    address, variable, size, launcher, folder = sys.argv[1:]
+    rank = int(os.environ[variable])
+    die_with_parent(signal.SIGKILL)
+    keep_output(Path(folder), rank)
+    child = os.fork()
+    if child:
+        watch(child, rank, address)
+    die_with_parent(signal.SIGKILL)
+    # On this signal the stack of every thread goes to a file: where a rank hangs.
+    stacks = (Path(folder) / f"rank{rank}.stack").open("w")
+    faulthandler.register(signal.SIGUSR1, stacks)
+    if launcher == "mpi":
+        # Before Horovod, so that MPI is always initialised the same way: by mpi4py, with THREAD_MULTIPLE.
+        import mpi4py.MPI  # noqa: F401
+    connection = Client(address, "AF_UNIX")
+    connection.send(("worker", rank, os.getpid()))
+    exchange = over_mpi if launcher == "mpi" else OverConnection(connection)
+    inside.enter(inside.Place(rank, int(size), launcher, exchange))
+    serve(connection)
+
+
+def watch(child: int, rank: int, address: str) -> NoReturn:
+    connection = Client(address, "AF_UNIX")
+    connection.send(("watcher", rank, os.getpid()))
+
+    def kill_child_when_test_process_ends() -> None:
+        try:
+            connection.recv()
+        except (EOFError, OSError):
+            os.kill(child, signal.SIGKILL)
+
+    threading.Thread(target=kill_child_when_test_process_ends, daemon=True).start()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(OSError):  # The test process ended first, then.
+        connection.send(code)
+    if code < 0:
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def serve(connection: Connection) -> None:
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)  # The test process is gone; no orderly shutdown, the other ranks may be gone too.
+        if message is None:
+            return
+        folders, call = message
+        sys.path.extend(folder for folder in folders if folder not in sys.path)
+        connection.send(perform(call))
+
+
+def perform(call: bytes) -> tuple[Any, ...]:
+    """("returned", pickled value) or ("raised", summary, traceback)."""
+    try:
+        function, args, kwargs = pickle.loads(call)
+        value = function(*args, **kwargs)
+    # Whatever ends the function is the test's to see, sys.exit() included.
+    except BaseException as error:
+        name = f"{type(error).__name__}: {error}".rstrip(": ")
+        summary = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {name}"
+        # From the function on; this file's own frame explains nothing.
+        below = error.__traceback__ and error.__traceback__.tb_next
+        return ("raised", summary, "".join(traceback.format_exception(type(error), error, below)))
+    try:
+        return ("returned", cloudpickle.dumps(value))
+    except Exception as error:
+        return ("raised", f"returned a {type(value).__name__} that cannot be sent: {error}", traceback.format_exc())
+
+
+def over_mpi(value: Any) -> list[Any]:
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.allgather(value)
+
+
+class OverConnection:
+    """Exchange values through the test process, which passes on every rank's to every rank."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def __call__(self, value: Any) -> list[Any]:
+        self.connection.send(("gather", cloudpickle.dumps(value)))
+        return [pickle.loads(part) for part in self.connection.recv()]
+
+
+if __name__ == "__main__":
+    main()
