@@ -1,0 +1,254 @@
+"""Watch four Horovod processes train with AdaCons, beside averaging. `make demo` runs this.
+
+Two copies of one network start from the same weights and see the same batches. One averages its
+gradients, the other aggregates them with AdaCons; everything else is equal. The processes are
+started by `horovodrun --gloo`, so nothing is needed that Horovod does not bring: no MPI, no ssh,
+no network. At the end there is a table, and a picture of both loss curves.
+
+Two situations can be shown. By default all workers have good data and the two methods are close.
+With --bad-worker the last worker's labels are random, as from a broken input pipeline. Its
+gradients grow as the network learns, and so does their share of an average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+DATA = Path("/usr/share/datasets/fashion-mnist")
+METHODS = ("average", "AdaCons")
+# Tells a process that it is a worker, and where the first one writes its progress.
+LOG = "ADACONS_DEMO_LOG"
+
+
+def main() -> None:
+    arguments = parse()
+    if LOG in os.environ:
+        work(arguments, Path(os.environ[LOG]))
+    else:
+        watch(arguments)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=32, help="of each worker")
+    parser.add_argument("--learning-rate", type=float, default=0.05)
+    parser.add_argument("--bad-worker", action="store_true", help="give one worker random labels")
+    parser.add_argument("--data", type=Path, default=DATA, help="Fashion-MNIST's four files")
+    parser.add_argument("--picture", type=Path, default=Path("demo.png"))
+    return parser.parse_args()
+
+
+# --- what each worker does ----------------------------------------------------------------------
+
+
+def work(arguments: argparse.Namespace, log_path: Path) -> None:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    import adacons_hvd.torch as hvd
+
+    hvd.init()
+    torch.set_num_threads(1)
+
+    def load(images: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = bytearray(gzip.decompress((arguments.data / images).read_bytes())[16:])
+        classes = bytearray(gzip.decompress((arguments.data / labels).read_bytes())[8:])
+        x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 784).float() / 255
+        return (x - 0.286) / 0.353, torch.frombuffer(classes, dtype=torch.uint8).long()
+
+    x, y = load("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+    x, y = x[hvd.rank() :: hvd.size()], y[hvd.rank() :: hvd.size()]
+    test_x, test_y = load("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+    if arguments.bad_worker and hvd.rank() == hvd.size() - 1:
+        y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(784, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+
+    # scale="average" gives AdaCons' steps the length an average has, so that one learning rate
+    # suits both.
+    aggregators = {"average": None, "AdaCons": hvd.AdaCons(scale="average")}
+    models = {method: network() for method in METHODS}
+    optimizers = {}
+    for method, model in models.items():
+        named = [(f"{method}.{name}", p) for name, p in model.named_parameters()]
+        sgd = torch.optim.SGD(model.parameters(), lr=arguments.learning_rate, momentum=0.9)
+        optimizers[method] = hvd.DistributedOptimizer(sgd, named, aggregator=aggregators[method])
+
+    seconds = dict.fromkeys(METHODS, 0.0)
+    draw = torch.Generator().manual_seed(hvd.rank())
+    first = hvd.rank() == 0
+    with (log_path if first else Path(os.devnull)).open("w", encoding="utf-8") as log:
+        for step in range(arguments.steps):
+            batch = torch.randint(len(x), (arguments.batch_size,), generator=draw)
+            test_now = step % 10 == 9 or step == arguments.steps - 1
+            line: dict[str, object] = {"step": step + 1}
+            for method in METHODS:
+                start = time.perf_counter()
+                optimizers[method].zero_grad()
+                loss = cross_entropy(models[method](x[batch]), y[batch])
+                loss.backward()
+                optimizers[method].step()
+                seconds[method] += time.perf_counter() - start
+                if test_now and first:
+                    with torch.no_grad():
+                        output = models[method](test_x)
+                    line[method] = {
+                        "loss": cross_entropy(output, test_y).item(),
+                        "accuracy": (output.argmax(1) == test_y).float().mean().item(),
+                        "milliseconds": 1e3 * seconds[method] / (step + 1),
+                    }
+            report = optimizers["AdaCons"].report
+            if test_now and report is not None:
+                line["norms"] = report.norms[0]
+                line["shares"] = report.coefficients["normalized"][0]
+                line["schedule"] = report.schedule
+            print(json.dumps(line), file=log, flush=True)
+
+
+# --- what the terminal shows --------------------------------------------------------------------
+
+
+def watch(arguments: argparse.Namespace) -> None:
+    for name in ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"):
+        if not (arguments.data / name).exists():
+            sys.exit(
+                f"{arguments.data / name} is missing: install Debian's package "
+                "dataset-fashion-mnist, or point --data at a folder with Fashion-MNIST's files."
+            )
+    launcher = shutil.which("horovodrun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if launcher is None:
+        sys.exit("horovodrun is not installed in this environment; `make setup` installs Horovod.")
+    with tempfile.TemporaryDirectory() as folder:
+        log, output = Path(folder, "log"), Path(folder, "output")
+        command = [launcher, "--gloo", "-np", str(arguments.workers), sys.executable, __file__]
+        command += sys.argv[1:]
+        quiet = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = {**quiet, **os.environ, LOG: str(log)}
+        with output.open("wb") as sink:
+            # Its own session, so that all of it can be ended together.
+            job = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, start_new_session=True)
+            try:
+                lines = display(arguments, follow(log, job))
+            finally:
+                if job.poll() is None:
+                    os.killpg(job.pid, signal.SIGTERM)
+                job.wait()
+        if job.returncode != 0 or len(lines) < arguments.steps:
+            sys.exit(f"the job failed:\n{output.read_text(errors='replace')[-3000:]}")
+    summarize(arguments, lines)
+
+
+def follow(log: Path, job: subprocess.Popen[bytes]) -> Iterator[dict[str, object]]:
+    """The lines the first worker writes, as they come."""
+    while not log.exists() and job.poll() is None:
+        time.sleep(0.1)
+    if not log.exists():
+        return
+    with log.open(encoding="utf-8") as file:
+        text = ""
+        while True:
+            text += file.readline()
+            if text.endswith("\n"):
+                yield json.loads(text)
+                text = ""
+            elif job.poll() is not None:
+                return
+            else:
+                time.sleep(0.05)
+
+
+def display(arguments: argparse.Namespace, lines: Iterator[dict[str, object]]) -> list[dict[str, object]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    seen = []
+    with Progress(*columns) as progress:
+        starting = f"starting {arguments.workers} Horovod processes"
+        task = progress.add_task(starting, total=arguments.steps, losses="")
+        for line in lines:
+            seen.append(line)
+            progress.update(task, advance=1, description="training")
+            if METHODS[0] in line:
+                losses = "  ".join(f"{m} {line[m]['loss']:.3f}" for m in METHODS)  # type: ignore[index]
+                progress.update(task, losses=f"test loss: {losses}")
+    return seen
+
+
+def summarize(arguments: argparse.Namespace, lines: list[dict[str, object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    tests = [line for line in lines if METHODS[0] in line]
+    last = tests[-1]
+    table = Table(title=f"after {arguments.steps} steps on {arguments.workers} workers")
+    for heading in ("aggregation", "test loss", "test accuracy", "time per step"):
+        table.add_column(heading, justify="left" if heading == "aggregation" else "right")
+    for method in METHODS:
+        now: dict[str, float] = last[method]  # type: ignore[assignment]
+        table.add_row(
+            method,
+            f"{now['loss']:.4f}",
+            f"{now['accuracy']:.2%}",
+            f"{now['milliseconds']:.1f} ms",
+        )
+    console.print(table)
+    norms: list[float] = last["norms"]  # type: ignore[assignment]
+    shares = {"average": [norm / sum(norms) for norm in norms], "AdaCons": last["shares"]}
+    table = Table(title="how much each worker's gradient contributed to the last step")
+    table.add_column("aggregation")
+    for worker in range(len(norms)):
+        table.add_column(f"worker {worker}", justify="right")
+    for method in METHODS:
+        table.add_row(method, *(f"{share:.1%}" for share in shares[method]))  # type: ignore[attr-defined]
+    console.print(table)
+    console.print(f"AdaCons moved its gradients by the schedule {last['schedule']}.")
+    draw(arguments, tests)
+    console.print(f"Loss curves: {arguments.picture}")
+
+
+def draw(arguments: argparse.Namespace, tests: list[dict[str, object]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for method, style in zip(METHODS, ("--", "-"), strict=True):
+        losses = [line[method]["loss"] for line in tests]  # type: ignore[index]
+        axes.plot([line["step"] for line in tests], losses, style, label=method)
+    axes.set(
+        xlabel="step",
+        ylabel="test loss",
+        yscale="log",
+        title=f"Fashion-MNIST, {arguments.workers} workers"
+        + (", one with random labels" if arguments.bad_worker else ""),
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(arguments.picture, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
