@@ -7,6 +7,10 @@ per worker, a card sends, in units of b (all for large N; the code has the exact
 * allreduce: 2. However many workers share the host, a ring crosses each card once per direction.
 * alltoall: L. Each of the host's L workers sends nearly all it has elsewhere.
 * allgather: 1 for the result, which crosses each card once; N for everything.
+
+Then there is the arithmetic, which reads what has arrived from memory: about two gradients' worth
+per worker, but N with ``gather``, where every worker does the work of all. The constants are those
+of a modest machine; what matters is their ratio.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ class Topology:
     latency: float = 1e-3
     #: Bytes a second through one host's card: 10 Gbit/s.
     bandwidth: float = 1.25e9
-    #: Bytes a second between workers of one host, through its memory.
+    #: Bytes a second that the workers of one host together move through its memory.
     memory_bandwidth: float = 4e9
 
     @property
@@ -58,12 +62,14 @@ def predict(schedule: str, topology: Topology, size: float) -> float:
         # Nothing leaves the host, and all its workers share the memory.
         bandwidth = topology.memory_bandwidth
         allreduce, alltoall, result, everything = (n * volume for volume in (2 * ring, ring, ring, n - 1.0))
-    rounds, volume = {
-        "two-pass": (3, 2 * allreduce),
-        "one-pass": (3, alltoall + result),
-        "gather": (1, everything),
+    rounds, volume, read = {
+        "two-pass": (3, 2 * allreduce, 2.0),
+        "one-pass": (3, alltoall + result, 1.5),
+        "gather": (1, everything, float(n)),
     }[schedule]
-    return rounds * topology.latency + volume * size / bandwidth
+    moving = volume * size / bandwidth
+    computing = local * read * size / topology.memory_bandwidth
+    return rounds * topology.latency + moving + computing
 
 
 def choose(topology: Topology, size: float, gramian: bool = False) -> tuple[str, str]:

@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--bad-worker", action="store_true", help="give one worker random labels")
     parser.add_argument("--data", type=Path, default=DATA, help="Fashion-MNIST's four files")
-    parser.add_argument("--picture", type=Path, default=Path("demo.png"))
+    parser.add_argument("--picture", type=Path, default=Path("out/demo.png"))
     return parser.parse_args()
 
 
@@ -247,6 +247,7 @@ def draw(arguments: argparse.Namespace, tests: list[dict[str, object]]) -> None:
     )
     axes.legend()
     axes.grid(alpha=0.3)
+    arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.picture, dpi=120)
 
 

@@ -135,7 +135,9 @@ class Reducer:
         if self._parcels:
             buckets = [parcel.bucket for parcel in self._parcels]
             loss_scale = unscale(self.settings.grad_scaler, buckets[0].reference)
-            decision, statistics = self._step.run(buckets, self.state.memory, loss_scale)
+            # step() may be called inside of an autocast, but here precision is chosen with care.
+            with torch.autocast(buckets[0].reference.device.type, enabled=False):
+                decision, statistics = self._step.run(buckets, self.state.memory, loss_scale)
             self.state.memory = decision.memory
             self.report = Report(decision, statistics, self._schedule_name, self._reason)
             for parcel in self._parcels:

@@ -67,6 +67,8 @@ def test_requires_grad_toggled_during_training(cluster):
 
         optimizer = wrapped(parameters, schedule="one-pass")
         compare(optimizer, parameters, lambda _: loss_of(model, batches).backward(), steps=7, after=toggle)
+        # The one trained later leaves during backward, as the others do.
+        assert all(parameter in optimizer._reducer._hooks for parameter in parameters)
 
         def moved(index):
             pairs = itertools.pairwise(history)
@@ -149,7 +151,7 @@ def test_empty_and_zero_dimensional_parameters(cluster, schedule):
         import torch
         from torch_job import compare
 
-        empty = torch.nn.Parameter(torch.zeros(0, 3))
+        empty = torch.nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))  # alone of its type
         scalar = torch.nn.Parameter(torch.tensor(2.0))
         vector = torch.nn.Parameter(torch.ones(3))
 
@@ -531,3 +533,17 @@ def test_without_overlap_nothing_leaves_early(cluster):
         return any(begun), len(begun)
 
     assert cluster.run(case) == [(False, 5)] * 3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_inside_of_an_autocast_keeps_its_precision(cluster, schedule):
+    def case():
+        import torch
+        from torch_job import Batches, compare, loss_of, network
+
+        model, batches = network(), Batches()
+        optimizer = wrapped(model.parameters(), schedule=schedule)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            compare(optimizer, list(model.parameters()), lambda _: loss_of(model, batches).backward())
+
+    cluster.run(case)
