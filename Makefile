@@ -1,0 +1,75 @@
+# From a bare machine to a running distributed job. `make` alone lists what there is to do.
+#
+# Each step of the set-up leaves a stamp in .venv, so the second run of any command starts at once; a step is run
+# again when what it depends on has changed, and all of them once .venv is deleted.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+# Side by side, the steps' output would be unreadable; each uses all processors where it can.
+.NOTPARALLEL:
+
+PYTHON ?= python3
+export PYTHON
+VENV := .venv
+STAMPS := $(VENV)/.stamps
+BUILD := $(wildcard adacons_hvd/horovod_build/*.py adacons_hvd/horovod_build/patches/*.patch)
+
+# How the environment's programs are run: found by name first, as launchers look for them, and one thread per rank,
+# since ranks share the machine and would otherwise wait for one another.
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}"
+
+.PHONY: help
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  make test PYTEST_ARGS='-k name -x'    passes arguments on to pytest"
+	@echo "  make PYTHON=/path/to/python3.11 ...   makes .venv with another Python (after make clean)"
+
+.PHONY: setup
+setup: $(STAMPS)/package ## system packages, .venv, pinned stack, Horovod; done by every other command
+
+.PHONY: demo
+demo: setup ## a distributed training run on this machine: AdaCons beside averaging
+	@$(RUN) python examples/demo.py $(DEMO_ARGS)
+
+.PHONY: test
+test: lint ## lint, types and every test
+	@$(RUN) python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: setup ## formatting, lint and types
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+.PHONY: docker-test
+docker-test: ## build the Docker image, run the MPI tests in it and across a two-node cluster
+	@docker/test.sh
+
+.PHONY: clean
+clean: ## remove .venv and what tools left; the wheel cache outside the checkout stays
+	@rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/system: .ci/setup
+	@.ci/setup python
+	@.ci/setup system
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/venv: $(STAMPS)/system
+	@.ci/setup venv
+	@mkdir -p $(@D) && touch $(STAMPS)/system $@
+
+$(STAMPS)/stack: pyproject.toml $(STAMPS)/venv
+	@.ci/setup stack
+	@touch $@
+
+$(STAMPS)/horovod: $(BUILD) $(STAMPS)/stack
+	@.ci/setup horovod
+	@touch $@
+
+$(STAMPS)/package: pyproject.toml $(STAMPS)/horovod
+	@.ci/setup package
+	@touch $@

@@ -1,0 +1,459 @@
+"""The build of Horovod: everything about it but the five minutes of compiling."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from adacons_hvd.horovod_build import __main__ as command
+from adacons_hvd.horovod_build import compiling, prerequisites, processes, proof, recipe, source
+from adacons_hvd.horovod_build.cache import WheelCache, default_root
+from adacons_hvd.horovod_build.errors import BuildError
+from adacons_hvd.horovod_build.recipe import Recipe
+
+TOOLS = {"c++": "g++", "cmake": "cmake", "make": "make", "patch": "patch", "mpicxx": "libopenmpi-dev"}
+TOOLS |= {"mpirun": "openmpi-bin"}
+
+
+def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "adacons_hvd.horovod_build", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# ---- prerequisites -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A folder for PATH that holds the programs a build needs and nothing that could stand in for them."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for program in (*TOOLS, "as", "ld", "sh", "bash", "g++", "gcc", "ssh"):
+        real = shutil.which(program)
+        if real is None and program in TOOLS:
+            pytest.skip(f"{program} is not installed here")
+        if real is not None:
+            (folder / program).symlink_to(Path(real).resolve() if program in ("c++", "g++") else real)
+    return folder
+
+
+@pytest.mark.parametrize("tool", sorted(TOOLS))
+def test_a_missing_tool_is_named_and_installing_it_helps(tool: str, machine: Path, tmp_path: Path) -> None:
+    settings = {"PATH": str(machine), "ADACONS_CACHE": str(tmp_path / "cache"), "CXX": ""}
+    gone = [tool, "g++", "gcc"] if tool == "c++" else [tool]
+    kept = {name: (machine / name).readlink() for name in gone if (machine / name).is_symlink()}
+    for name in kept:
+        (machine / name).unlink()
+
+    broken = run_command("--check", **settings)
+    assert broken.returncode == 1
+    assert f"apt-get install --no-install-recommends {TOOLS[tool]}\n" in broken.stderr
+    assert "Traceback" not in broken.stdout + broken.stderr
+
+    for name, target in kept.items():
+        (machine / name).symlink_to(target)
+    fixed = run_command("--check", **settings)
+    assert fixed.returncode == 0, fixed.stderr
+
+
+def test_gloo_only_needs_no_mpi(machine: Path, tmp_path: Path) -> None:
+    (machine / "mpicxx").unlink()
+    (machine / "mpirun").unlink()
+    done = run_command("--check", "--gloo-only", PATH=str(machine), ADACONS_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "over gloo" in done.stdout
+
+
+def test_a_compiler_that_cannot_compile_is_no_compiler(machine: Path, tmp_path: Path) -> None:
+    (machine / "c++").unlink()
+    (machine / "c++").write_text("#!/bin/sh\nexit 1\n")
+    (machine / "c++").chmod(0o755)
+    done = run_command("--check", PATH=str(machine), ADACONS_CACHE=str(tmp_path), CXX="")
+    assert done.returncode == 1
+    assert "No C++17 compiler" in done.stderr
+
+
+def test_everything_missing_is_reported_at_once(tmp_path: Path) -> None:
+    done = run_command("--check", PATH=str(tmp_path), ADACONS_CACHE=str(tmp_path), CXX="")
+    assert done.returncode == 1
+    line = next(line for line in done.stderr.splitlines() if "apt-get" in line)
+    assert set(TOOLS.values()) <= set(line.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_framework_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(prerequisites, "installed_frameworks", lambda: ("torch",))
+    found = prerequisites.describe(list(prerequisites.find_missing(Recipe(("torch", "tensorflow")), tmp_path)))
+    assert "A build for tensorflow was asked for, and tensorflow is not installed here." in found
+    assert f"{sys.executable} -m pip install 'tensorflow'" in found
+
+
+def test_no_framework_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "installed_frameworks", lambda: ())
+    assert command.main(["--cache-dir", str(tmp_path)]) == 1
+    assert "Neither PyTorch nor TensorFlow is installed" in capsys.readouterr().err
+
+
+def test_a_setuptools_that_is_too_new(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = prerequisites._version
+    monkeypatch.setattr(prerequisites, "_version", lambda name: "81.0.0" if name == "setuptools" else real(name))
+    found = prerequisites.describe(list(prerequisites.find_missing(Recipe(("torch",)), tmp_path)))
+    assert "needs setuptools below 80; here is setuptools 81.0.0" in found
+    assert "'setuptools<80'" in found
+
+
+def test_unknown_frameworks_are_refused() -> None:
+    done = run_command("--frameworks", "torch,mxnet")
+    assert done.returncode == 2
+    assert "not a list of torch, tensorflow" in done.stderr
+
+
+# ---- disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_too_little_disk_is_seen_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 9 * 10**8, 10**8)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    sentences = [item.sentence for item in prerequisites.find_missing(Recipe(("torch",)), tmp_path)]
+    assert any("0.1 GB free" in sentence and "ADACONS_CACHE" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("said", ["fatal error: error writing to /x: No space left on device", "Disk quota exceeded"])
+def test_a_disk_that_fills_up_under_the_compiler(said: str, tmp_path: Path) -> None:
+    error = compiling.explain(f"[ 40%] Building\n{said}\nmake: *** Error 1", 2, tmp_path, tmp_path / "log")
+    assert "is full" in str(error)
+    assert "ADACONS_CACHE" in str(error)
+
+
+def test_a_disk_that_fills_up_under_this_program(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prerequisites, "check", lambda *_: None)
+    monkeypatch.setattr(source, "fetch", refuse)
+    assert command.main(["--cache-dir", str(tmp_path), "--force"]) == 1
+    assert "is full: free about" in capsys.readouterr().err
+    assert list((tmp_path / "work").iterdir()) == []
+    assert list((tmp_path / "wheels").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert command.main(["--cache-dir", str(tmp_path / "file")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+# ---- the release and its patches -----------------------------------------------------------------------------------
+
+
+def test_every_patch_says_why_it_is_needed_and_for_which_versions() -> None:
+    assert len(recipe.patches()) >= 3
+    for patch in recipe.patches():
+        heading = patch.read_text().split("--- a/")[0]
+        assert all(word in heading for word in ("Why:", "Needs:", "Seen:")), patch.name
+
+
+def unpatched(patch: Path, tree: Path) -> None:
+    """Writes, below `tree`, files in which the patch's context stands exactly where it says."""
+    for part in patch.read_text().split("--- a/")[1:]:
+        name, _, hunk = part.split("\n", 2)
+        numbers, *lines = hunk.splitlines()
+        before = int(numbers.split()[1].split(",")[0][1:]) - 1
+        old = [line[1:] for line in lines if line[:1] in (" ", "-")]
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["unrelated"] * before + old + ["unrelated"]) + "\n")
+
+
+@pytest.mark.parametrize("patch", recipe.patches(), ids=lambda patch: patch.stem)
+def test_a_patch_applies_exactly_or_not_at_all(patch: Path, tmp_path: Path) -> None:
+    unpatched(patch, tmp_path)
+    source.apply(patch, tmp_path)
+    with pytest.raises(BuildError, match=f"{patch.name} does not fit"):
+        source.apply(patch, tmp_path)
+
+    unpatched(patch, tmp_path)
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        path.write_text("one line more\n" + path.read_text())
+    with pytest.raises(BuildError, match="does not fit"):
+        source.apply(patch, tmp_path)
+
+    unpatched(patch, tmp_path)
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:-2], lines[-2] + " changed", lines[-1]]) + "\n")
+    with pytest.raises(BuildError, match="does not fit"):
+        source.apply(patch, tmp_path)
+
+
+def tampered(folder: Path) -> Path:
+    """An archive with the release's name whose setup.py would leave a trace if anything ran it."""
+    archive = folder / recipe.SDIST_NAME
+    top = recipe.SDIST_NAME.removesuffix(".tar.gz")
+    script = f"open({str(folder / 'ran')!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='horovod')\n"
+    with tarfile.open(archive, "w:gz") as contents:
+        for name, text in {"setup.py": script, "PKG-INFO": "Name: horovod\nVersion: 0.28.1\n"}.items():
+            entry = tarfile.TarInfo(f"{top}/{name}")
+            entry.size = len(text)
+            contents.addfile(entry, io.BytesIO(text.encode()))
+    return archive
+
+
+def test_an_unknown_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    archive = tampered(tmp_path)
+    with pytest.raises(BuildError, match=r"is not Horovod's 0\.28\.1 release"):
+        source.unpack(archive, tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()
+
+
+def test_an_index_that_serves_another_archive_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tampered(tmp_path)
+    for name in ("scratch", "sdist"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(BuildError, match=r"another horovod-0\.28\.1\.tar\.gz"):
+        source.fetch(tmp_path / "sdist", tmp_path / "scratch")
+    assert not (tmp_path / "ran").exists()
+    assert list((tmp_path / "sdist").iterdir()) == []
+
+
+def test_offline_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # A port nobody listens on: refused at once, as on a machine without a way out.
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    for name in ("scratch", "sdist"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(BuildError, match="Is this machine offline"):
+        source.fetch(tmp_path / "sdist", tmp_path / "scratch")
+
+
+def test_a_damaged_download_in_the_cache_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / recipe.SDIST_NAME).write_bytes(b"half")
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(BuildError, match="could not be downloaded"):
+        source.fetch(tmp_path, tmp_path / "scratch")
+
+
+# ---- what names a build --------------------------------------------------------------------------------------------
+
+
+def test_the_key_follows_everything_that_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "framework_version", lambda name: "1.0")
+    keys = {Recipe(names).key() for names in (("torch",), ("tensorflow",), ("torch", "tensorflow"))}
+    keys.add(Recipe(("torch",), mpi=False).key())
+    keys.add(Recipe(("torch",), nccl=True).key())
+    monkeypatch.setattr(recipe, "framework_version", lambda name: "2.0")
+    keys.add(Recipe(("torch",)).key())
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+    keys.add(Recipe(("torch",)).key())
+    monkeypatch.setenv("HOROVOD_BUILD_ARCH_FLAGS", "-mavx")
+    keys.add(Recipe(("torch",)).key())
+    monkeypatch.setattr(recipe, "patches", list)
+    keys.add(Recipe(("torch",)).key())
+    assert len(keys) == 9
+
+
+def test_a_jobs_settings_do_not_reach_the_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = Recipe(("torch",))
+    key = plain.key()
+    monkeypatch.setenv("HOROVOD_WITHOUT_GLOO", "1")
+    monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "0")
+    assert plain.key() == key
+    environment = plain.environment(2, tmp_path)
+    assert "HOROVOD_WITHOUT_GLOO" not in environment
+    assert "HOROVOD_FUSION_THRESHOLD" not in environment
+    assert environment["HOROVOD_WITH_GLOO"] == "1"
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ADACONS_CACHE", str(tmp_path / "chosen"))
+    assert default_root() == tmp_path / "chosen"
+    monkeypatch.delenv("ADACONS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_root() == tmp_path / "adacons_hvd"
+
+
+# ---- the cache -----------------------------------------------------------------------------------------------------
+
+
+def keep(cache: WheelCache, key: str, content: bytes = b"wheel") -> Path:
+    with cache.workspace(key) as workspace:
+        wheel = workspace / "horovod-0.28.1-any.whl"
+        wheel.write_bytes(content)
+        return cache.keep(key, wheel, {"python": "3"})
+
+
+def test_a_kept_wheel_is_found_and_replaced(tmp_path: Path) -> None:
+    cache = WheelCache(tmp_path)
+    assert cache.find("key") is None
+    wheel = keep(cache, "key")
+    assert cache.find("key") == wheel
+    assert json.loads((wheel.parent / "facts.json").read_text())["facts"] == {"python": "3"}
+    assert keep(cache, "key", b"newer") == wheel
+    assert wheel.read_bytes() == b"newer"
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["wheel", "facts", "no wheel", "no facts"])
+def test_a_damaged_entry_is_dropped_and_can_be_built_again(damage: str, tmp_path: Path) -> None:
+    cache = WheelCache(tmp_path)
+    wheel = keep(cache, "key")
+    victim = wheel if "wheel" in damage else wheel.parent / "facts.json"
+    if damage.startswith("no"):
+        victim.unlink()
+    else:
+        victim.write_bytes(b"{")
+    assert cache.find("key") is None
+    assert not wheel.parent.exists()
+    assert cache.find("key") is None
+    assert keep(cache, "key") == cache.find("key")
+
+
+def test_nothing_of_a_failed_build_stays(tmp_path: Path) -> None:
+    cache = WheelCache(tmp_path)
+    (tmp_path / "work" / "key-999999").mkdir()
+
+    def fail() -> None:
+        with cache.workspace("key") as workspace:
+            assert [path.name for path in (tmp_path / "work").iterdir()] == [workspace.name]
+            (workspace / "half").write_text("")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_second_builder_waits_for_the_first(tmp_path: Path) -> None:
+    cache = WheelCache(tmp_path)
+    waited: list[str] = []
+    order: list[str] = []
+
+    def second() -> None:
+        with cache.lock("key", on_wait=lambda: waited.append("yes")):
+            order.append("second")
+
+    with cache.lock("key", on_wait=lambda: waited.append("the first waited")):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not waited:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join(10)
+    assert (waited, order) == (["yes"], ["first", "second"])
+
+
+def test_the_copied_wheel_is_whole(tmp_path: Path) -> None:
+    wheel = tmp_path / "horovod.whl"
+    wheel.write_bytes(b"wheel")
+    (tmp_path / "there").mkdir()
+    assert command.copy_whole(wheel, tmp_path / "there").read_bytes() == b"wheel"
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["horovod.whl"]
+
+
+# ---- progress, failure, processes ----------------------------------------------------------------------------------
+
+
+def test_progress_never_steps_back(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = compiling.Progress()
+    for line in ("-- The CXX compiler", "[  3%] Building", "[ 41%] Building", "[ 40%] Building", "[100%] Linking"):
+        progress.show(line)
+    shown = [int(line.split("%")[0].split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert shown == sorted(shown)
+    assert shown[-1] == 100
+
+
+def test_a_failed_build_shows_where_it_first_says_so(tmp_path: Path) -> None:
+    output = "\n".join([*(f"line {number}" for number in range(100)), "x.cc:1:1: error: no such thing", "more"])
+    error = str(compiling.explain(output, 2, tmp_path, tmp_path / "the.log"))
+    assert "error: no such thing" in error
+    assert "line 10\n" not in error
+    assert str(tmp_path / "the.log") in error
+
+
+def test_a_compiler_killed_for_memory(tmp_path: Path) -> None:
+    output = "g++: fatal error: Killed signal terminated program cc1plus"
+    assert "--jobs 1" in str(compiling.explain(output, 2, tmp_path, tmp_path / "log"))
+
+
+def test_a_command_that_hangs_is_stopped_with_all_it_started(tmp_path: Path) -> None:
+    # The child leaves its parent's session, as launchers' ranks do, so that no process group holds both.
+    child = (
+        f"import os, time; os.setsid(); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    )
+    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+    start = time.monotonic()
+    finished = processes.run([sys.executable, "-c", script], dict(os.environ), timeout=3)
+    assert finished.returncode is None
+    assert time.monotonic() - start < 20
+    pid = int((tmp_path / "pid").read_text())
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_command_that_fails_leaves_no_child_behind(tmp_path: Path) -> None:
+    child = "import time; time.sleep(600)"
+    script = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
+        "print('child', child.pid, flush=True)\nos._exit(3)"
+    )
+    lines: list[str] = []
+    finished = processes.run([sys.executable, "-c", script], dict(os.environ), timeout=60, on_line=lines.append)
+    assert finished.returncode == 3
+    assert lines == finished.output.splitlines()
+    state = Path(f"/proc/{lines[0].split()[1]}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+# ---- proof ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_check_build_lists() -> None:
+    text = (
+        "Available Frameworks:\n    [X] PyTorch\n    [ ] MXNet\nControllers:\n    [X] MPI\nOperations:\n    [ ] MPI\n"
+    )
+    assert proof.parse_check_build(text) == {"PyTorch": True, "MXNet": False, "MPI": False}
+
+
+def test_the_installed_horovod_is_complete() -> None:
+    installed = recipe.installed_frameworks()
+    answer = proof.check_build(proof._environment(None))
+    proof.compare(Recipe(installed), answer)
+    if "+cpu" in recipe.framework_version("torch"):
+        with pytest.raises(BuildError, match="does not list NCCL"):
+            proof.compare(Recipe(installed, nccl=True), answer)
+
+
+def test_the_proof_notices_processes_that_do_not_reduce(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("print('rank 0 of 2: agreed')")
+    monkeypatch.setattr(proof, "_REDUCE", wrong)
+    monkeypatch.setattr(proof, "launcher", lambda controller: [])
+    with pytest.raises(BuildError, match="between two processes over gloo ended with 0"):
+        proof._reduce("gloo", "torch", dict(os.environ))
