@@ -14,4 +14,4 @@ from .aggregators import AdaCons, Aggregator, Decision, Mean, Statistics
 
 __all__ = ["AdaCons", "Aggregator", "Decision", "Mean", "Statistics", "__version__"]
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"

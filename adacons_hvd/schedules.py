@@ -71,6 +71,9 @@ class Schedule:
     gives_gramian: ClassVar[bool] = True
     #: Whether a bucket may begin before the others are filled.
     overlaps: ClassVar[bool] = True
+    #: Whether it needs no collective but sums, the only ones that Horovod still has once a worker
+    #: has left with ``hvd.join()``.
+    only_sums: ClassVar[bool] = False
 
     def __init__(self, collectives: Collectives, predivide: float = 1.0) -> None:
         self.collectives = collectives
@@ -94,6 +97,7 @@ class TwoPass(Schedule):
 
     name = "two-pass"
     gives_gramian = False
+    only_sums = True
 
     def begin(self, bucket: DenseBucket) -> Pending:
         return self.collectives.allreduce(
@@ -210,6 +214,9 @@ class Done:
 
     def wait(self) -> Tensor:
         return self.result
+
+    def done(self) -> bool:
+        return True
 
 
 # --- buckets: what travels ----------------------------------------------------------------------

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 METHODS = ("average", "AdaCons")
@@ -96,7 +97,7 @@ def work(arguments: argparse.Namespace, log_path: Path) -> None:
         for step in range(arguments.steps):
             batch = torch.randint(len(x), (arguments.batch_size,), generator=draw)
             test_now = step % 10 == 9 or step == arguments.steps - 1
-            line: dict[str, object] = {"step": step + 1}
+            line: dict[str, Any] = {"step": step + 1}
             for method in METHODS:
                 start = time.perf_counter()
                 optimizers[method].zero_grad()
@@ -153,7 +154,7 @@ def watch(arguments: argparse.Namespace) -> None:
     summarize(arguments, lines)
 
 
-def follow(log: Path, job: subprocess.Popen[bytes]) -> Iterator[dict[str, object]]:
+def follow(log: Path, job: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
     """The lines the first worker writes, as they come."""
     while not log.exists() and job.poll() is None:
         time.sleep(0.1)
@@ -172,7 +173,7 @@ def follow(log: Path, job: subprocess.Popen[bytes]) -> Iterator[dict[str, object
                 time.sleep(0.05)
 
 
-def display(arguments: argparse.Namespace, lines: Iterator[dict[str, object]]) -> list[dict[str, object]]:
+def display(arguments: argparse.Namespace, lines: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -190,12 +191,12 @@ def display(arguments: argparse.Namespace, lines: Iterator[dict[str, object]]) -
             seen.append(line)
             progress.update(task, advance=1, description="training")
             if METHODS[0] in line:
-                losses = "  ".join(f"{m} {line[m]['loss']:.3f}" for m in METHODS)  # type: ignore[index]
+                losses = "  ".join(f"{m} {line[m]['loss']:.3f}" for m in METHODS)
                 progress.update(task, losses=f"test loss: {losses}")
     return seen
 
 
-def summarize(arguments: argparse.Namespace, lines: list[dict[str, object]]) -> None:
+def summarize(arguments: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -206,7 +207,7 @@ def summarize(arguments: argparse.Namespace, lines: list[dict[str, object]]) -> 
     for heading in ("aggregation", "test loss", "test accuracy", "time per step"):
         table.add_column(heading, justify="left" if heading == "aggregation" else "right")
     for method in METHODS:
-        now: dict[str, float] = last[method]  # type: ignore[assignment]
+        now: dict[str, float] = last[method]
         table.add_row(
             method,
             f"{now['loss']:.4f}",
@@ -214,21 +215,21 @@ def summarize(arguments: argparse.Namespace, lines: list[dict[str, object]]) -> 
             f"{now['milliseconds']:.1f} ms",
         )
     console.print(table)
-    norms: list[float] = last["norms"]  # type: ignore[assignment]
+    norms: list[float] = last["norms"]
     shares = {"average": [norm / sum(norms) for norm in norms], "AdaCons": last["shares"]}
     table = Table(title="how much each worker's gradient contributed to the last step")
     table.add_column("aggregation")
     for worker in range(len(norms)):
         table.add_column(f"worker {worker}", justify="right")
     for method in METHODS:
-        table.add_row(method, *(f"{share:.1%}" for share in shares[method]))  # type: ignore[attr-defined]
+        table.add_row(method, *(f"{share:.1%}" for share in shares[method]))
     console.print(table)
     console.print(f"AdaCons moved its gradients by the schedule {last['schedule']}.")
     draw(arguments, tests)
     console.print(f"Loss curves: {arguments.picture}")
 
 
-def draw(arguments: argparse.Namespace, tests: list[dict[str, object]]) -> None:
+def draw(arguments: argparse.Namespace, tests: list[dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -236,7 +237,7 @@ def draw(arguments: argparse.Namespace, tests: list[dict[str, object]]) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for method, style in zip(METHODS, ("--", "-"), strict=True):
-        losses = [line[method]["loss"] for line in tests]  # type: ignore[index]
+        losses = [line[method]["loss"] for line in tests]
         axes.plot([line["step"] for line in tests], losses, style, label=method)
     axes.set(
         xlabel="step",

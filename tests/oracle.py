@@ -7,10 +7,12 @@ imports nothing of the package.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-Vector = np.ndarray
+# numpy's own types tell sums of vectors from vectors.
+Vector = Any
 
 
 class Oracle:
@@ -56,9 +58,9 @@ class Oracle:
 class Grouped:
     """One oracle per group of parameters. ``groups`` lists the parameters' numbers."""
 
-    def __init__(self, groups: Sequence[Sequence[int]], **settings: object) -> None:
+    def __init__(self, groups: Sequence[Sequence[int]], **settings: Any) -> None:
         self.groups = groups
-        self.oracles = [Oracle(**settings) for _ in groups]  # type: ignore[arg-type]
+        self.oracles = [Oracle(**settings) for _ in groups]
 
     def __call__(self, gradients: Sequence[Sequence[Vector]]) -> list[Vector]:
         """``gradients[worker][parameter]`` in, one aggregated array per parameter out."""

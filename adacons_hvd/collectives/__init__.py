@@ -30,6 +30,10 @@ class Pending(Protocol):
         """Finish it and return its result. May be called once."""
         ...
 
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once; False if that cannot be told."""
+        ...
+
 
 class Collectives(Protocol):
     """A group of workers. All of them call the same operations with the same names."""
@@ -72,16 +76,19 @@ class Collectives(Protocol):
 
 
 class _Ready:
-    def __init__(self, finish: Callable[[], Any]) -> None:
-        self._finish = finish
+    def __init__(self, finish: Callable[[], Any], done: Callable[[], bool]) -> None:
+        self._finish, self._done = finish, done
 
     def wait(self) -> Tensor:
         return self._finish()
 
+    def done(self) -> bool:
+        return self._done()
 
-def ready(finish: Callable[[], Tensor]) -> Pending:
+
+def ready(finish: Callable[[], Tensor], done: Callable[[], bool] = lambda: False) -> Pending:
     """A :class:`Pending` out of a function that finishes the operation."""
-    return _Ready(finish)
+    return _Ready(finish, done)
 
 
 def host_name() -> str:

@@ -36,35 +36,25 @@ class HorovodTorch:
         result = torch.empty_like(tensor) if out is None else out
         carried = tensor.float() if tensor.dtype in _CARRIER else tensor
         into = carried if tensor.dtype in _CARRIER else result
-        handle = hvd._allreduce_async(
-            carried, into, name, hvd.Sum, prescale, postscale, self.process_set
-        )
+        handle = hvd._allreduce_async(carried, into, name, hvd.Sum, prescale, postscale, self.process_set)
 
         def finish() -> torch.Tensor:
             summed = hvd.synchronize(handle)
             return result if summed is result else result.copy_(summed)
 
-        return ready(finish)
+        return ready(finish, lambda: hvd.poll(handle))
 
-    def allgather(
-        self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None
-    ) -> Pending:
+    def allgather(self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None) -> Pending:
         carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
         result = tensor.new_empty(self.size * tensor.numel()) if out is None else out
-        handle = hvd._allgather_async(
-            tensor.view(carrier), result.view(carrier), name, self.process_set
-        )
+        handle = hvd._allgather_async(tensor.view(carrier), result.view(carrier), name, self.process_set)
         return ready(lambda: _then(hvd.synchronize(handle), result))
 
-    def alltoall(
-        self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None
-    ) -> Pending:
+    def alltoall(self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None) -> Pending:
         carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
         result = torch.empty_like(tensor) if out is None else out
         received = torch.empty(self.size, dtype=torch.int32)
-        handle = hvd._alltoall_async(
-            tensor.view(carrier), None, result.view(carrier), received, name, self.process_set
-        )
+        handle = hvd._alltoall_async(tensor.view(carrier), None, result.view(carrier), received, name, self.process_set)
         return ready(lambda: _then(hvd.synchronize(handle), result))
 
     def allgather_rows(self, tensor: torch.Tensor, name: str) -> Pending:

@@ -6,7 +6,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -44,7 +44,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     bucket_bytes: int = BUCKET_BYTES,
     overlap: bool = True,
     grad_scaler: Any = None,
-) -> torch.optim.Optimizer:
+) -> Any:
     """Wrap an optimizer so that its steps use the gradients of all workers.
 
     Without an ``aggregator`` this is ``horovod.torch.DistributedOptimizer``. With one, gradients
@@ -141,7 +141,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     wrapped: Any = object.__new__(cls)
     wrapped.__dict__.update(optimizer.__dict__)
     wrapped._start(names, backward_passes_per_step, settings)
-    return cast(torch.optim.Optimizer, wrapped)
+    return wrapped
 
 
 class _Aggregating(torch.optim.Optimizer):

@@ -11,6 +11,10 @@ other in vain is settled at the start of every ``synchronize`` by one small sum 
   checkpointing) - then all send again;
 * whether some rank has left with ``hvd.join()`` - then only sums are available, and all use the
   schedule that needs nothing else.
+
+The last of these must be known before anything but a sum leaves during backward, because that
+would crash the rank which has left. So one more small sum, of who is here, starts with backward,
+and parcels that are full wait for its result. It takes no time from backward.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from horovod.torch.mpi_ops import HorovodInternalError, ProcessSet
 from .. import __version__, agreement
 from ..aggregators import Aggregator
 from ..binding import State, choose_schedule, group_parameters, unscale
-from ..collectives import host_name
+from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Topology
 from ..report import Report
@@ -71,6 +75,15 @@ def take_number(process_set: ProcessSet) -> int:
 class Reducer:
     """See the module docstring. One per optimizer."""
 
+    #: Parcels that could leave once it is known that all ranks are here.
+    _full: list[Parcel]
+    #: The count of ranks under way, and its outcome.
+    _presence: Pending | None
+    _here: int | None
+    #: Whether parcels may leave during backward, and whether that needs the count of ranks.
+    _overlaps: bool
+    _asks: bool
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -106,22 +119,41 @@ class Reducer:
         if not self.pending:
             self.pending = True
             self._current = self._layout_is_current()
+            self._ask_who_is_here()
         slot = self._slots.get(parameter)
         if slot is None or slot.parcel is None:
             return
         slot.additions += 1
-        if not self._may_begin_early():
+        if not (self._current and self._overlaps):
             return
         if slot.parcel.bucket.begun:
             self._changed_after_leaving = True
         elif slot.additions >= slot.expected:
             slot.parcel.load(slot)
-            if slot.parcel.complete:
-                slot.parcel.bucket.begin()
+            if slot.parcel.complete and slot.parcel not in self._full:
+                self._full.append(slot.parcel)
+        if self._full and self._all_are_here():
+            for parcel in self._full:
+                parcel.bucket.begin()
+            self._full.clear()
 
-    def _may_begin_early(self) -> bool:
-        overlaps = self.settings.overlap and self._overlaps
-        return self._current and overlaps and self._step.may_begin_early
+    def _ask_who_is_here(self) -> None:
+        """Start a count of the ranks that take this step, unless it makes no difference.
+
+        Ranks with the same layout all ask or all do not: in backward, or else in synchronize.
+        """
+        if self._asks and self._presence is None:
+            one = torch.ones(1, dtype=torch.int64)
+            self._here = None
+            self._presence = self._collectives.allreduce(one, f"{self.name}.here", out=one)
+
+    def _all_are_here(self, wait: bool = False) -> bool:
+        """Whether the count has come to everyone; False while it goes on, unless told to wait."""
+        if not self._asks:
+            return True
+        if self._here is None and self._presence is not None and (wait or self._presence.done()):
+            self._here = int(self._presence.wait().item())
+        return self._here == self._collectives.size
 
     # --- before the optimizer's step ------------------------------------------------------------
 
@@ -156,6 +188,10 @@ class Reducer:
             self._collectives = HorovodTorch(self.settings.process_set)
         if self._number is None:
             self._number = take_number(self.settings.process_set)
+        self._full.clear()
+        self._ask_who_is_here()
+        self._all_are_here(wait=True)
+        self._presence = None
         current = self._layout_is_current()
         slots = list(self._slots.values()) if current else self._draft()
         digest = self._digest if current else agreement.digest(self._description(slots))
@@ -218,6 +254,11 @@ class Reducer:
         self._joined = False
         self._current = False
         self._changed_after_leaving = False
+        self._overlaps = False
+        self._full = []
+        self._asks = False
+        self._presence = None
+        self._here = None
 
     def _draft(self) -> list[Slot]:
         """Slots for the parameters as they are now."""
@@ -250,7 +291,9 @@ class Reducer:
             compression=self.settings.compression,
         )
         self._step = Step(self._collectives, self.settings.aggregator, self._groups, self.name)
-        self._overlaps = schedule.overlaps
+        self._overlaps = self.settings.overlap and schedule.overlaps and self._step.may_begin_early
+        only_sums = schedule.only_sums and not any(slot.sparse for slot in slots)
+        self._asks = self._overlaps and not only_sums
         self._digest, self._joined = digest, joined
         if self._parcels:
             reference = self._parcels[0].bucket.reference

@@ -26,6 +26,10 @@ def ours(hvd: ModuleType) -> ModuleType:
     return adacons_hvd.torch
 
 
+def gradients(parameters: list[torch.nn.Parameter]) -> list[np.ndarray]:
+    return [np.array(p.grad, dtype=np.float64) for p in parameters]
+
+
 def train(ours: ModuleType, comm: MPI.Intracomm, settings: dict[str, object], schedule: str) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
@@ -43,9 +47,9 @@ def train(ours: ModuleType, comm: MPI.Intracomm, settings: dict[str, object], sc
         x = torch.randn(8, 6, generator=draw)
         noise = torch.randn(8, 1, generator=draw)
         (model(x) - x.sum(1, keepdim=True) - 3 - 0.5 * noise).square().mean().backward()
-        raw = comm.allgather([p.grad.double().numpy().copy() for p in parameters])
+        raw = comm.allgather(gradients(parameters))
         optimizer.synchronize()
-        found = [p.grad.double().numpy() for p in parameters]
+        found = gradients(parameters)
         assert oracle.error(found, judge(raw)) < 1e-5
         with optimizer.skip_synchronize():
             optimizer.step()

@@ -128,7 +128,7 @@ def test_nothing_leaves_before_the_announced_passes(cluster):
         from torch_job import Batches, loss_of, network
 
         model, batches = network(), Batches()
-        optimizer = wrapped(model, backward_passes_per_step=2, schedule="one-pass")
+        optimizer = wrapped(model, backward_passes_per_step=2, schedule="two-pass")
         for _ in range(2):  # the first step lays out the parcels
             optimizer.zero_grad()
             loss_of(model, batches).backward()

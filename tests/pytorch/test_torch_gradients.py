@@ -483,18 +483,21 @@ def test_parameters_added_after_wrapping(cluster):
     cluster.run(case)
 
 
-def test_the_first_collective_leaves_while_backward_runs(cluster):
+@pytest.mark.parametrize("schedule", ["two-pass", "one-pass"])
+def test_the_first_collective_leaves_while_backward_runs(cluster, schedule):
     def case():
+        import time
+
         import torch
-        from torch_job import Batches, network
+        from torch_job import Batches, compare, network
 
         model, batches = network(), Batches()
         last = list(model.parameters())[-1]
-        optimizer = wrapped(model.parameters(), schedule="one-pass", bucket_bytes=1)
+        optimizer = wrapped(model.parameters(), schedule=schedule, bucket_bytes=1)
         seen = []
 
         class Watch(torch.autograd.Function):
-            """The identity, placed before the first layer: its backward runs last of all."""
+            """The identity; its backward takes a while, and looks whether the last layer's gradient has left."""
 
             @staticmethod
             def forward(ctx, x):
@@ -504,14 +507,17 @@ def test_the_first_collective_leaves_while_backward_runs(cluster):
             def backward(ctx, gradient):
                 slot = optimizer._reducer._slots.get(last)
                 seen.append(slot is not None and slot.parcel.bucket.begun)
+                time.sleep(0.3)
                 return gradient
 
-        for _ in range(3):
-            optimizer.zero_grad()
-            x = Watch.apply(batches(4, 6).requires_grad_())
-            model(x).square().mean().backward()
-            optimizer.step()
-        return seen
+        def backward(_):
+            # One in the middle, one before the first layer, whose backward comes last of all.
+            x = Watch.apply(batches(8, 6).requires_grad_())
+            y = model[2:](Watch.apply(model[:2](x)))
+            (y - 4).square().mean().backward()
+
+        compare(optimizer, list(model.parameters()), backward, steps=3)
+        return seen[1::2]
 
     # The first step lays out the parcels; from then on they leave early.
     assert cluster.run(case) == [[False, True, True]] * 3
