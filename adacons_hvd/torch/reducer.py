@@ -77,10 +77,10 @@ class Reducer:
 
     #: Parcels that could leave once it is known that all ranks are here.
     _full: list[Parcel]
-    #: The count of ranks under way, and its outcome.
+    #: The count of ranks under way, and whether it came to all with the same layout.
     _presence: Pending | None
-    _here: int | None
-    #: Whether parcels may leave during backward, and whether that needs the count of ranks.
+    _unanimous: bool | None
+    #: Whether parcels may leave during backward, and whether that takes a count of ranks.
     _overlaps: bool
     _asks: bool
 
@@ -140,20 +140,19 @@ class Reducer:
     def _ask_who_is_here(self) -> None:
         """Start a count of the ranks that take this step, unless it makes no difference.
 
-        Ranks with the same layout all ask or all do not: in backward, or else in synchronize.
+        All ranks that have a layout ask, or all do not: in backward, or else in synchronize.
         """
         if self._asks and self._presence is None:
-            one = torch.ones(1, dtype=torch.int64)
-            self._here = None
-            self._presence = self._collectives.allreduce(one, f"{self.name}.here", out=one)
+            counts = torch.tensor([1, self._joined], dtype=torch.int64)
+            self._unanimous = None
+            self._presence = self._collectives.allreduce(counts, f"{self.name}.here", out=counts)
 
     def _all_are_here(self, wait: bool = False) -> bool:
-        """Whether the count has come to everyone; False while it goes on, unless told to wait."""
-        if not self._asks:
-            return True
-        if self._here is None and self._presence is not None and (wait or self._presence.done()):
-            self._here = int(self._presence.wait().item())
-        return self._here == self._collectives.size
+        """Whether all who take this step have this rank's layout; False while that is not known."""
+        if self._presence is not None and self._unanimous is None and (wait or self._presence.done()):
+            here, apart = self._presence.wait().tolist()
+            self._unanimous = here == (apart if self._joined else self._collectives.size - apart)
+        return bool(self._unanimous) or not self._asks
 
     # --- before the optimizer's step ------------------------------------------------------------
 
@@ -196,13 +195,13 @@ class Reducer:
         slots = list(self._slots.values()) if current else self._draft()
         digest = self._digest if current else agreement.digest(self._description(slots))
         begun = any(parcel.bucket.begun for parcel in self._parcels)
-        mine = Flags(not current, begun, self._changed_after_leaving, digest)
+        mine = Flags(not current, self._joined, begun, self._changed_after_leaving, digest)
         flags = exchange_flags(self._collectives, mine, self.name)
         present = [worker for worker in flags if worker is not None]
         if any(worker.digest != digest for worker in present):
             agreement.confirm(self._collectives, self._description(slots), self.name)
         joined = len(present) < len(flags)
-        new_layout = joined != self._joined or any(worker.new_layout for worker in present)
+        new_layout = any(worker.new_layout or worker.apart != joined for worker in present)
         if new_layout or any(worker.changed for worker in present):
             if any(worker.begun for worker in present):
                 self._recall()
@@ -258,7 +257,7 @@ class Reducer:
         self._full = []
         self._asks = False
         self._presence = None
-        self._here = None
+        self._unanimous = None
 
     def _draft(self) -> list[Slot]:
         """Slots for the parameters as they are now."""
@@ -293,7 +292,12 @@ class Reducer:
         self._step = Step(self._collectives, self.settings.aggregator, self._groups, self.name)
         self._overlaps = self.settings.overlap and schedule.overlaps and self._step.may_begin_early
         only_sums = schedule.only_sums and not any(slot.sparse for slot in slots)
-        self._asks = self._overlaps and not only_sums
+        if not joined:
+            self._asks = self._overlaps and not only_sums
+        else:
+            # A rank that has left and comes back still has the layout for all, or none. So those
+            # that went on without it keep asking as they did, and send nothing early unasked.
+            self._overlaps = self._overlaps and self._asks
         self._digest, self._joined = digest, joined
         if self._parcels:
             reference = self._parcels[0].bucket.reference
@@ -375,6 +379,8 @@ class Flags:
 
     #: It has to lay out its parcels anew.
     new_layout: bool = False
+    #: Its layout is that for when some have left.
+    apart: bool = False
     #: It has begun to send.
     begun: bool = False
     #: It has to send again.
@@ -389,12 +395,13 @@ def exchange_flags(collectives: HorovodTorch, mine: Flags, name: str) -> list[Fl
     A sum, because that is the one collective which goes on working after a ``join``; and on the
     host, so that an accelerator is never waited for.
     """
-    table = torch.zeros((collectives.size, 5), dtype=torch.int64)
-    table[collectives.rank] = torch.tensor([1, mine.new_layout, mine.begun, mine.changed, mine.digest])
+    row = [1, mine.new_layout, mine.apart, mine.begun, mine.changed, mine.digest]
+    table = torch.zeros((collectives.size, len(row)), dtype=torch.int64)
+    table[collectives.rank] = torch.tensor(row)
     table = collectives.allreduce(table, f"{name}.flags", out=table).wait()
     return [
-        Flags(bool(new_layout), bool(begun), bool(changed), digest) if here else None
-        for here, new_layout, begun, changed, digest in table.tolist()
+        Flags(bool(new_layout), bool(apart), bool(begun), bool(changed), digest) if here else None
+        for here, new_layout, apart, begun, changed, digest in table.tolist()
     ]
 
 
