@@ -1,0 +1,114 @@
+"""What the Keras binding needs of TensorFlow, for Keras 3 and for ``tf_keras``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from ..collectives.horovod_tensorflow import make_variable
+from ..tensorflow.arguments import checked_groups, checked_settings
+from ..tensorflow.reducer import Reducer, Settings, forget_numbers, key_of, native
+from ..tensorflow.tape import local_gradient, variables_of
+
+__all__ = [
+    "checked_groups",
+    "checked_settings",
+    "forget_numbers",
+    "hvd",
+    "key_of",
+    "local_gradient",
+    "make_exchange",
+    "variables_of",
+]
+
+
+#: What TensorFlow raises when a collective fails.
+COLLECTIVE_ERRORS = (tf.errors.OpError,)
+
+
+class _Exchange(Reducer):
+    """A reducer, and what an optimizer needs beside it."""
+
+    _count: tf.Variable | None = None
+
+    def everywhere(self, condition: tf.Tensor) -> tf.Tensor:
+        """Whether a condition holds on every worker."""
+        if not self.settings.process_set.included():
+            return condition
+        self.prepare(loss_scaling=True)
+        assert self._collectives is not None
+        against = tf.cast(~tf.convert_to_tensor(condition), tf.int32)[None]
+        against = self._collectives.allreduce(against, f"{self.name}.everywhere").wait()
+        return tf.ensure_shape(against, (1,))[0] == 0
+
+    def accumulate(
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+        passes: int,
+        apply: Callable[[list[Any]], Any],
+        skip: Callable[[], Any],
+    ) -> None:
+        """Add gradients up; call ``apply`` with their sums every ``passes`` times, else ``skip``."""
+        if self._count is None:
+            with tf.init_scope():
+                self._count = make_variable(tf.zeros((), tf.int64))
+            self._sums: dict[Any, tf.Variable] = {}
+        sums: list[tf.Variable | None] = []
+        for gradient, variable in zip(gradients, variables, strict=True):
+            if gradient is None:
+                sums.append(None)
+                continue
+            key = key_of(variable)
+            if key not in self._sums:
+                with tf.init_scope():
+                    self._sums[key] = make_variable(tf.zeros(tuple(variable.shape), gradient.dtype))
+            self._sums[key].assign_add(tf.convert_to_tensor(gradient))
+            sums.append(self._sums[key])
+        count = self._count.assign_add(1)
+
+        def finish() -> tf.Tensor:
+            assert self._count is not None
+            apply([None if total is None else total.read_value() for total in sums])
+            for total in sums:
+                if total is not None:
+                    total.assign(tf.zeros_like(total))
+            self._count.assign(0)
+            return tf.constant(0)
+
+        def wait() -> tf.Tensor:
+            skip()
+            return tf.constant(0)
+
+        tf.cond(tf.equal(count, passes), finish, wait)
+
+
+def make_exchange(settings: Settings) -> _Exchange:
+    return _Exchange(settings)
+
+
+def broadcast_variables(variables: Sequence[Any], root_rank: int, process_set: Any = hvd.global_process_set) -> None:
+    """Give every worker the values of ``root_rank``."""
+    hvd.broadcast_variables([native(v) for v in variables], root_rank=root_rank, process_set=process_set)
+
+
+def average(values: Sequence[float]) -> list[float]:
+    """The mean over all workers."""
+    mean = hvd.allreduce(tf.constant(list(values), tf.float64), op=hvd.Average, name="adacons.metrics")
+    result: list[float] = mean.numpy().tolist()
+    return result
+
+
+def broadcast_object(value: Any, root_rank: int, name: str) -> Any:
+    return hvd.broadcast_object(value, root_rank, name=name)
+
+
+def copy_of(variable: Any) -> Any:
+    return tf.identity(native(variable))
+
+
+def assign(variable: Any, value: Any) -> None:
+    native(variable).assign(value)

@@ -1,0 +1,217 @@
+"""What the Keras binding needs of PyTorch, for Keras 3 with ``KERAS_BACKEND=torch``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.torch.mpi_ops import ProcessSet
+
+from ..aggregators import Mean
+from ..binding import check_aggregator
+from ..torch.reducer import Reducer, Settings, take_number
+
+__all__ = [
+    "checked_groups",
+    "checked_settings",
+    "hvd",
+    "key_of",
+    "local_gradient",
+    "make_exchange",
+    "variables_of",
+]
+
+BUCKET_BYTES = 32 << 20
+
+#: None that Horovod does not raise as its own.
+COLLECTIVE_ERRORS: tuple[type[Exception], ...] = ()
+
+
+def forget_numbers() -> None:
+    """PyTorch's reducers keep theirs."""
+
+
+class _Parameters:
+    """What a reducer asks an optimizer for."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, list[torch.Tensor]]] = [{"params": []}]
+
+
+class _Exchange:
+    """PyTorch's reducer, for an optimizer that is handed its gradients.
+
+    It sends nothing during backward: Keras says only in ``apply`` which gradients it means.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._parameters = _Parameters()
+        self._reducer: Reducer | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._count = 0
+        self._sums: dict[int, torch.Tensor] = {}
+        self._number: int | None = None
+
+    @property
+    def report(self) -> Any:
+        return None if self._reducer is None else self._reducer.report
+
+    @torch.no_grad()
+    def reduce(self, gradients: Sequence[Any], variables: Sequence[Any], unscale: Any = 1.0) -> list[Any]:
+        if not self.settings.process_set.included():
+            return list(gradients)
+        parameters = [v.value for v in variables]
+        self._parameters.param_groups[0]["params"] = parameters
+        if self._reducer is None:
+            names = {p: getattr(v, "path", str(i)) for i, (p, v) in enumerate(zip(parameters, variables, strict=True))}
+            self._reducer = Reducer(self._parameters, names, 1, self.settings)  # type: ignore[arg-type]
+            if self._loaded is not None:
+                self._reducer.state.load_state_dict(self._loaded)
+        kept = [p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.detach().clone()
+        self._reducer.synchronize()
+        results = [p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+        return results
+
+    def everywhere(self, condition: Any) -> Any:
+        """Whether a condition holds on every worker."""
+        if not self.settings.process_set.included():
+            return condition
+        if self._number is None:
+            self._number = take_number(self.settings.process_set)
+        against = torch.as_tensor(condition).logical_not().to(torch.int32).reshape(1)
+        total = hvd.allreduce(
+            against, op=hvd.Sum, name=f"adacons.{self._number}.everywhere", process_set=self.settings.process_set
+        )
+        return (total == 0)[0]
+
+    def accumulate(
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+        passes: int,
+        apply: Callable[[list[Any]], Any],
+        skip: Callable[[], Any],
+    ) -> None:
+        """Add gradients up; call ``apply`` with their sums every ``passes`` times, else ``skip``."""
+        for gradient, variable in zip(gradients, variables, strict=True):
+            if gradient is not None:
+                key, gradient = id(variable), gradient.detach()
+                self._sums[key] = self._sums[key] + gradient if key in self._sums else gradient.clone()
+        self._count += 1
+        if self._count < passes:
+            skip()
+            return
+        sums, self._sums, self._count = self._sums, {}, 0
+        apply([sums.get(id(variable)) for variable in variables])
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._reducer is None:
+            return dict(self._loaded or {})
+        return {k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in self._reducer.state.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        numbers = ("version", "workers")
+        state = {k: int(v) if k in numbers else torch.as_tensor(v, dtype=torch.float64) for k, v in state.items()}
+        self._loaded = state
+        if self._reducer is not None:
+            self._reducer.state.load_state_dict(state)
+            self._reducer.reset()
+
+    def reset(self) -> None:
+        if self._reducer is not None:
+            self._reducer.reset()
+
+
+def make_exchange(settings: Settings) -> _Exchange:
+    return _Exchange(settings)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def checked_settings(**given: Any) -> Settings:
+    """The settings, or an error that names the argument and the value."""
+    for device in ("device_dense", "device_sparse"):
+        given.pop(device)
+    op, aggregator, predivide = given.pop("op"), given.pop("aggregator"), given["gradient_predivide_factor"]
+    if op != hvd.Average:
+        raise ValueError("with Keras on PyTorch, op must be Average")
+    if predivide <= 0:
+        raise ValueError(f"gradient_predivide_factor must be positive, got {predivide!r}")
+    if aggregator is None:
+        aggregator = Mean()
+    check_aggregator(aggregator, given["schedule"])
+    granularity = given.pop("granularity")
+    if isinstance(granularity, str):
+        if granularity not in ("model", "layer"):
+            raise ValueError(f'granularity must be "model", "layer" or lists of variables, got {granularity!r}')
+    else:
+        granularity = [[v.value for v in group] for group in granularity]
+    return Settings(aggregator=aggregator, granularity=granularity, overlap=False, grad_scaler=None, **given)
+
+
+def checked_groups(groups: Any, num_groups: int) -> Any:
+    if num_groups != 0:
+        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=3)
+        groups = num_groups if groups is None else groups
+    if groups is None or isinstance(groups, int):
+        return groups
+    return [[v.value for v in group] for group in groups]
+
+
+def key_of(variable: Any) -> int:
+    return id(variable)
+
+
+def variables_of(local_layers: Any) -> list[Any]:
+    if local_layers is None:
+        return []
+    layers = local_layers if isinstance(local_layers, (list, tuple, set)) else [local_layers]
+    return [variable for layer in layers for variable in layer.trainable_weights]
+
+
+def local_gradient(gradient: Any, process_set: ProcessSet, scale: bool) -> Any:
+    """A local variable's gradient, made as long as its share of an average would be."""
+    if gradient is None or not scale or not process_set.included():
+        return gradient
+    return gradient / process_set.size()
+
+
+# --- the callbacks' needs -------------------------------------------------------------------------
+
+
+def broadcast_variables(variables: Sequence[Any], root_rank: int, process_set: Any = hvd.global_process_set) -> None:
+    """Give every worker the values of ``root_rank``."""
+    handles = [
+        hvd.broadcast_async_(v.value.data, root_rank, name=f"adacons.broadcast.{i}", process_set=process_set)
+        for i, v in enumerate(variables)
+    ]
+    for handle in handles:
+        hvd.synchronize(handle)
+
+
+def average(values: Sequence[float]) -> list[float]:
+    """The mean over all workers."""
+    mean = hvd.allreduce(torch.tensor(list(values), dtype=torch.float64), op=hvd.Average, name="adacons.metrics")
+    result: list[float] = mean.tolist()
+    return result
+
+
+def broadcast_object(value: Any, root_rank: int, name: str) -> Any:
+    return hvd.broadcast_object(value, root_rank, name=name)
+
+
+def copy_of(variable: Any) -> Any:
+    return variable.value.detach().clone()
+
+
+def assign(variable: Any, value: Any) -> None:
+    variable.assign(value)

@@ -1,0 +1,322 @@
+"""TensorFlow's operations; see the package docstring for what belongs here and why.
+
+They mean what PyTorch's do, with two differences that a graph asks for. Nothing is changed in
+place: where PyTorch's functions fill a buffer, these return a new tensor. And nothing may need a
+value while a ``tf.function`` is traced, so lengths come from static shapes; only the number of
+rows of a sparse gradient is free to differ from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+# Elements handled at a time by the large operations: a block is read from memory once and then
+# used from cache, and block results are added in float64, so that sums over millions of elements
+# keep single-precision accuracy. Loops over blocks are unrolled into the graph, so blocks are
+# also large enough to keep it small.
+_BLOCK_CPU = 1 << 18
+_BLOCK_ACCELERATOR = 1 << 24
+
+
+def owns(tensor: object) -> bool:
+    return isinstance(tensor, (tf.Tensor, tf.Variable))
+
+
+# --- small operations -----------------------------------------------------------------------
+
+
+def wide(x: tf.Tensor) -> tf.Tensor:
+    return tf.cast(x, tf.float64)
+
+
+def like(values: Iterable[float], reference: tf.Tensor) -> tf.Tensor:
+    return tf.constant([float(value) for value in values], tf.float64)
+
+
+def beside(x: tf.Tensor, reference: tf.Tensor) -> tf.Tensor:
+    """``x``: TensorFlow moves it to the device of ``reference`` when both are used."""
+    return x
+
+
+def zeros(shape: Sequence[int], reference: tf.Tensor) -> tf.Tensor:
+    return tf.zeros(tuple(shape), tf.float64)
+
+
+def zeros_like(x: tf.Tensor) -> tf.Tensor:
+    return tf.zeros_like(x)
+
+
+def ones_like(x: tf.Tensor) -> tf.Tensor:
+    return tf.ones_like(x)
+
+
+def shape(x: tf.Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def to_list(x: tf.Tensor) -> list[Any]:
+    """The values as Python numbers: waits for the device, so never called in a normal step."""
+    values: list[Any] = x.numpy().tolist()
+    return values
+
+
+def sqrt(x: tf.Tensor) -> tf.Tensor:
+    return tf.sqrt(x)
+
+
+def absolute(x: tf.Tensor) -> tf.Tensor:
+    return tf.abs(x)
+
+
+def floor(x: tf.Tensor) -> tf.Tensor:
+    return tf.floor(x)
+
+
+def clip(x: tf.Tensor, lowest: float, highest: float) -> tf.Tensor:
+    return tf.clip_by_value(x, lowest, highest)
+
+
+def where(condition: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    return tf.where(condition, x, y)
+
+
+def isfinite(x: tf.Tensor) -> tf.Tensor:
+    return tf.math.is_finite(x)
+
+
+def total(x: tf.Tensor) -> tf.Tensor:
+    """The sum over the last axis, which is kept."""
+    return tf.reduce_sum(x, -1, keepdims=True)
+
+
+def every(x: tf.Tensor) -> tf.Tensor:
+    """Whether all are true along the last axis, which is kept."""
+    return tf.reduce_all(x, -1, keepdims=True)
+
+
+def any_of(x: tf.Tensor) -> tf.Tensor:
+    """Whether any is true along the last axis, which is kept."""
+    return tf.reduce_any(x, -1, keepdims=True)
+
+
+def argsort(x: tf.Tensor) -> tf.Tensor:
+    """The stable ascending order along the last axis: the same on every rank, ties included."""
+    return tf.argsort(x, axis=-1, stable=True)
+
+
+def take(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """``x[..., index[..., k]]`` along the last axis."""
+    return tf.gather(x, tf.cast(index, tf.int64), axis=-1, batch_dims=len(x.shape) - 1)
+
+
+def diagonal(x: tf.Tensor) -> tf.Tensor:
+    return tf.linalg.diag_part(x)
+
+
+def stack(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    return tf.stack(list(tensors))
+
+
+def add_n(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    result = tensors[0]
+    for tensor in tensors[1:]:
+        result = result + tensor
+    return result
+
+
+def concat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Join flat tensors."""
+    return tf.concat(list(tensors), 0)
+
+
+def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    return tf.reshape(x, tuple(shape))
+
+
+# --- large operations -----------------------------------------------------------------------
+
+
+def is_half(x: tf.Tensor) -> bool:
+    """Whether the element type has too little range for sums and for unit-length results."""
+    return bool(x.dtype == tf.float16)
+
+
+def room(x: tf.Tensor, length: int) -> tf.Tensor | None:
+    """Memory for a flat result: none, because TensorFlow plans memory by itself."""
+    return None
+
+
+def blank_unless(condition: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """``x``, or zeros in its place unless the 0-dimensional ``condition`` holds."""
+    return tf.where(condition, x, tf.zeros_like(x))
+
+
+def _has_accelerator() -> bool:
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def _blocks(length: int, rows: int) -> list[slice]:
+    size = _BLOCK_ACCELERATOR if _has_accelerator() else _BLOCK_CPU
+    size = max(1024, size // rows)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _working(x: tf.Tensor) -> tf.Tensor:
+    """``x`` in the precision arithmetic is done in: float32, or float64 if it came so."""
+    return x if x.dtype in (tf.float32, tf.float64) else tf.cast(x, tf.float32)
+
+
+def _dot(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    """``<x, y>`` of two flat tensors of equal length, in float64."""
+    length = x.shape[0]
+    if length is None:
+        return tf.reduce_sum(wide(x) * wide(y))
+    # TensorFlow's own dot product adds one by one; a sum over a tensor adds in pairs.
+    parts = [wide(tf.reduce_sum(_working(x[block]) * _working(y[block]))) for block in _blocks(length, 2)]
+    return add_n(parts) if parts else zeros((), x)
+
+
+def _products(part: tf.Tensor) -> tf.Tensor:
+    """``part @ part.T``, never in the ten-bit arithmetic that TensorFlow uses on a GPU."""
+    if _has_accelerator():
+        return tf.stack([tf.reduce_sum(part * row, 1) for row in tf.unstack(part)])
+    return tf.matmul(part, part, transpose_b=True)
+
+
+def square(gradient: tf.Tensor) -> tf.Tensor:
+    """``<g, g>`` of a flat gradient."""
+    return _dot(gradient, gradient)
+
+
+def moments(gradient: tf.Tensor, summed: tf.Tensor) -> tf.Tensor:
+    """``[<g, s>, <g, g>]`` of two flat tensors."""
+    return tf.stack([_dot(gradient, summed), _dot(gradient, gradient)])
+
+
+def gramian(rows: tf.Tensor) -> tf.Tensor:
+    """``rows @ rows.T`` of an N x d matrix."""
+    workers, length = rows.shape
+    parts = [wide(_products(_working(rows[:, block]))) for block in _blocks(length, workers)]
+    return add_n(parts) if parts else zeros((workers, workers), rows)
+
+
+# Up to this many workers the whole Gramian is cheaper than the two moments it contains, because it
+# is a single matrix product; beyond, its N * N * d multiplications show.
+_FEW_WORKERS = 16
+
+
+def consensus(rows: tf.Tensor) -> tf.Tensor:
+    """``[<g_i, sum_j g_j>, <g_i, g_i>]`` for each row of an N x d matrix."""
+    workers, length = rows.shape
+    if workers <= _FEW_WORKERS:
+        products = gramian(rows)
+        return tf.stack([tf.reduce_sum(products, 1), diagonal(products)], 1)
+    parts = []
+    for block in _blocks(length, workers):
+        part = _working(rows[:, block])
+        dots = tf.reduce_sum(part * tf.reduce_sum(part, 0), 1)
+        parts.append(wide(tf.stack([dots, tf.reduce_sum(part * part, 1)], 1)))
+    return add_n(parts) if parts else zeros((workers, 2), rows)
+
+
+def combine(weights: tf.Tensor, rows: tf.Tensor, out: tf.Tensor | None = None) -> tf.Tensor:
+    """``weights @ rows``, in the type of ``rows``."""
+    if _has_accelerator():
+        working = tf.float64 if rows.dtype == tf.float64 else tf.float32
+        scales = tf.unstack(tf.cast(weights, working))
+        weighted = [_working(row) * w for row, w in zip(tf.unstack(rows), scales, strict=True)]
+        return tf.cast(add_n(weighted), rows.dtype)
+    parts = []
+    for block in [slice(None)] if rows.dtype in (tf.float32, tf.float64) else _blocks(rows.shape[1], rows.shape[0]):
+        part = _working(rows[:, block])
+        parts.append(tf.cast(tf.matmul(tf.cast(weights, part.dtype)[None], part)[0], rows.dtype))
+    return tf.concat(parts, 0) if parts else tf.zeros((0,), rows.dtype)
+
+
+def combine_segments(
+    rows: tf.Tensor,
+    pieces: Sequence[tuple[int, int, tf.Tensor]],
+    out: tf.Tensor | None,
+) -> tf.Tensor:
+    """:func:`combine` with other weights for each ``(start, stop, weights)``; zeros elsewhere."""
+    return _assemble(
+        rows.shape[1],
+        rows.dtype,
+        [(start, stop, combine(weights, rows[:, start:stop])) for start, stop, weights in pieces],
+    )
+
+
+def scale_segments(buffer: tf.Tensor, pieces: Sequence[tuple[int, int, tf.Tensor]]) -> tf.Tensor:
+    """``buffer`` times a 0-dimensional weight for each ``(start, stop, weight)``; zeros elsewhere."""
+    scaled = []
+    for start, stop, weight in pieces:
+        # The weight may be outside a half's range although the product is not.
+        part = _working(buffer[start:stop])
+        scaled.append((start, stop, tf.cast(part * tf.cast(weight, part.dtype), buffer.dtype)))
+    return _assemble(buffer.shape[0], buffer.dtype, scaled)
+
+
+def _assemble(length: int, dtype: tf.DType, pieces: Sequence[tuple[int, int, tf.Tensor]]) -> tf.Tensor:
+    """A flat tensor made of pieces in ascending order, with zeros where there is none."""
+    parts = []
+    position = 0
+    for start, stop, part in pieces:
+        if start > position:
+            parts.append(tf.zeros((start - position,), dtype))
+        parts.append(part)
+        position = stop
+    if position < length:
+        parts.append(tf.zeros((length - position,), dtype))
+    return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
+
+
+# --- sparse operations ----------------------------------------------------------------------
+
+
+def tag(rows: tf.Tensor, rank: int) -> tf.Tensor:
+    """``[(rank, row), ...]``"""
+    return tf.stack([tf.fill(tf.shape(rows), tf.cast(rank, rows.dtype)), rows], 1)
+
+
+def distinct(rows: tf.Tensor, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Add the values of equal rows up. Rows keep the order in which they first appear.
+
+    Rows are added in that order too, whatever the machine, so that every rank gets the same bits.
+    """
+    unique, position = tf.unique(rows)
+    return unique, tf.math.unsorted_segment_sum(values, position, tf.size(unique))
+
+
+def sparse_consensus(owners: tf.Tensor, rows: tf.Tensor, values: tf.Tensor, workers: int) -> tf.Tensor:
+    """:func:`consensus` of gradients given as rows that belong to workers, distinct for each."""
+    values = _working(values)
+    unique, position = tf.unique(rows)
+    summed = tf.math.unsorted_segment_sum(values, position, tf.size(unique))
+    dots = tf.reduce_sum(wide(values) * wide(tf.gather(summed, position)), 1)
+    squares = tf.reduce_sum(wide(values) * wide(values), 1)
+    return tf.math.unsorted_segment_sum(tf.stack([dots, squares], 1), owners, workers)
+
+
+def sparse_gramian(owners: tf.Tensor, rows: tf.Tensor, values: tf.Tensor, workers: int) -> tf.Tensor:
+    """:func:`gramian` of gradients given as rows that belong to workers, distinct for each."""
+    values = _working(values)
+    unique, position = tf.unique(rows)
+    count = tf.cast(tf.size(unique), tf.int64)
+    place = tf.cast(owners, tf.int64) * count + tf.cast(position, tf.int64)
+    dense = tf.math.unsorted_segment_sum(values, place, workers * count)
+    dense = wide(tf.reshape(dense, (workers, count * tf.cast(tf.shape(values)[1], tf.int64))))
+    result = tf.matmul(dense, dense, transpose_b=True)
+    return tf.ensure_shape(result, (workers, workers))
+
+
+def sparse_combine(
+    owners: tf.Tensor, rows: tf.Tensor, values: tf.Tensor, weights: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Weigh each row by its owner's weight and add equal rows up; returns rows and values."""
+    weighted = _working(values)
+    weighted = weighted * tf.gather(tf.cast(weights, weighted.dtype), owners)[:, None]
+    unique, summed = distinct(rows, weighted)
+    return unique, tf.cast(summed, values.dtype)

@@ -1,0 +1,218 @@
+"""Gradients to buckets and back, as graph operations.
+
+A *slot* is one gradient's place. A *parcel* is the plan of a bucket: which slots it holds and how
+they lie in it. Plans are made once per layout, from what all ranks agreed on, so they are the same
+everywhere; the buckets themselves are made of tensors and live for one trace of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+from horovod.tensorflow.compression import Compression
+
+from ..ops.tensorflow import distinct
+from ..schedules import Bucket, DenseBucket, Schedule, Segment, SparseBucket
+
+__all__ = ["DenseParcel", "Parcel", "Slot", "SparseParcel", "plan"]
+
+Gradient = Any  # a tf.Tensor or tf.IndexedSlices
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One gradient's place in the layout."""
+
+    index: int
+    key: Hashable
+    name: str
+    shape: tuple[int, ...]
+    dtype: tf.DType
+    group: int
+    sparse: bool = False
+
+    @property
+    def length(self) -> int:
+        """How many real numbers the gradient consists of."""
+        length = 2 if self.dtype.is_complex else 1
+        for side in self.shape:
+            length *= side
+        return length
+
+    def signature(self) -> Any:
+        """What a ``tf.function`` has to know of the gradient; its number of rows is left open."""
+        if self.sparse:
+            return tf.IndexedSlicesSpec(self.shape, self.dtype, tf.int64, tf.int64, [None])
+        return tf.TensorSpec(self.shape, self.dtype)
+
+    def normal(self, gradient: Gradient | None) -> Gradient:
+        """The gradient in the form all ranks agreed on; zeros where this rank has none."""
+        if self.sparse:
+            return self._as_slices(gradient)
+        if gradient is None:
+            return tf.zeros(self.shape, self.dtype)
+        return tf.ensure_shape(tf.convert_to_tensor(gradient), self.shape)
+
+    def _as_slices(self, gradient: Gradient | None) -> tf.IndexedSlices:
+        shape = tf.constant(self.shape, tf.int64)
+        if gradient is None:
+            nothing = tf.zeros((0, *self.shape[1:]), self.dtype)
+            return tf.IndexedSlices(nothing, tf.zeros((0,), tf.int64), shape)
+        if isinstance(gradient, tf.IndexedSlices):
+            values = tf.reshape(gradient.values, (-1, *self.shape[1:]))
+            return tf.IndexedSlices(values, tf.cast(gradient.indices, tf.int64), shape)
+        return tf.IndexedSlices(gradient, tf.range(self.shape[0], dtype=tf.int64), shape)
+
+
+class Parcel:
+    """The plan of one bucket."""
+
+    name: str
+    slots: Sequence[Slot]
+
+    def pack(self, gradients: Mapping[int, Gradient], schedule: Schedule) -> Bucket:
+        """A bucket holding these gradients, by the index of their slots."""
+        raise NotImplementedError
+
+    def unpack(self, bucket: Any) -> dict[int, Gradient]:
+        """The aggregated gradients, by the index of their slots."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DenseParcel(Parcel):
+    """Slots side by side in a flat tensor of one element type."""
+
+    name: str
+    slots: Sequence[Slot]
+    dtype: tf.DType
+    compression: Any
+    workers: int
+
+    def pack(self, gradients: Mapping[int, Gradient], schedule: Schedule) -> DenseBucket:
+        parts = [self._flat(gradients[slot.index]) for slot in self.slots]
+        # Shards have equal length, so the tensor is padded to a multiple of the workers.
+        length = sum(slot.length for slot in self.slots)
+        padding = -length % self.workers
+        if padding:
+            parts.append(tf.zeros((padding,), self.dtype))
+        buffer = tf.concat(parts, 0) if len(parts) > 1 else parts[0]
+        return DenseBucket(self.name, buffer, self._segments(), schedule)
+
+    def unpack(self, bucket: DenseBucket) -> dict[int, Gradient]:
+        results = {}
+        start = 0
+        for slot in self.slots:
+            part = bucket.buffer[start : start + slot.length]
+            start += slot.length
+            part = tf.cast(part, _real(slot.dtype))
+            if bucket.restore is not None:
+                part = part * tf.cast(bucket.restore[slot.group, 0], part.dtype)
+            if slot.dtype.is_complex:
+                pairs = tf.reshape(part, (*slot.shape, 2))
+                part = tf.complex(pairs[..., 0], pairs[..., 1])
+            results[slot.index] = tf.reshape(part, slot.shape)
+        return results
+
+    def _flat(self, gradient: tf.Tensor) -> tf.Tensor:
+        if self.compression is not None:
+            gradient = self.compression.decompress(*self.compression.compress(gradient))
+        if gradient.dtype.is_complex:
+            gradient = tf.stack([tf.math.real(gradient), tf.math.imag(gradient)], -1)
+        return tf.reshape(tf.cast(gradient, self.dtype), (-1,))
+
+    def _segments(self) -> list[Segment]:
+        segments: list[Segment] = []
+        length = 0
+        for slot in self.slots:
+            start, length = length, length + slot.length
+            if segments and segments[-1].group == slot.group:
+                segments[-1] = segments[-1]._replace(stop=length)
+            else:
+                segments.append(Segment(start, length, slot.group))
+        return segments
+
+
+@dataclass(frozen=True)
+class SparseParcel(Parcel):
+    """A single slot whose gradient has few non-zero rows, as an embedding's."""
+
+    name: str
+    slots: Sequence[Slot]
+
+    def pack(self, gradients: Mapping[int, Gradient], schedule: Schedule) -> SparseBucket:
+        (slot,) = self.slots
+        gradient = gradients[slot.index]
+        width = slot.length // max(slot.shape[0], 1)
+        # Repeated rows must be added up before they are squared.
+        rows, values = distinct(gradient.indices, tf.reshape(gradient.values, (-1, width)))
+        return SparseBucket(self.name, rows, values, slot.group, schedule.collectives)
+
+    def unpack(self, bucket: SparseBucket) -> dict[int, Gradient]:
+        (slot,) = self.slots
+        values = tf.reshape(bucket.values, (-1, *slot.shape[1:]))
+        return {slot.index: tf.IndexedSlices(values, bucket.rows, tf.constant(slot.shape, tf.int64))}
+
+
+def plan(
+    name: str,
+    slots: Sequence[Slot],
+    *,
+    workers: int,
+    bucket_bytes: int,
+    together: Sequence[Sequence[Hashable]] | None,
+    compression: Any,
+) -> list[Parcel]:
+    """Lay the slots out in parcels.
+
+    Backward computes the last layers' gradients first, so parcels are filled from the end: the
+    first to be complete is the first to leave. ``together`` lists the keys of slots that share a
+    parcel, whatever its size, as Horovod's ``groups`` does.
+    """
+    wire, transform = _compression(compression)
+    parcels: list[Parcel] = []
+
+    def add(members: list[Slot], dtype: tf.DType) -> None:
+        parcels.append(DenseParcel(f"{name}.{len(parcels)}", tuple(members), dtype, transform, workers))
+
+    kinds: dict[Any, list[Slot]] = {}
+    place = {key: i for i, group in enumerate(together or ()) for key in group}
+    for slot in reversed(slots):
+        if slot.sparse:
+            parcels.append(SparseParcel(f"{name}.{len(parcels)}", (slot,)))
+            continue
+        if slot.length == 0:
+            continue
+        dtype = wire if wire is not None and slot.dtype.is_floating else _real(slot.dtype)
+        kind: tuple[Any, ...] = (dtype,)
+        if together is not None:
+            # A gradient in no group travels alone.
+            kind = (dtype, place.get(slot.key, ("alone", slot.index)))
+        members = kinds.setdefault(kind, [])
+        members.append(slot)
+        if together is None and sum(member.length for member in members) * dtype.size >= bucket_bytes:
+            add(kinds.pop(kind), dtype)
+    for (dtype, *_), members in kinds.items():
+        add(members, dtype)
+    return parcels
+
+
+def _real(dtype: tf.DType) -> tf.DType:
+    return {tf.complex64: tf.float32, tf.complex128: tf.float64}.get(dtype, dtype)
+
+
+def _compression(compression: Any) -> tuple[tf.DType | None, Any]:
+    """The element type on the wire, if it is not the gradient's own, and what to do to gradients.
+
+    Horovod's fp16 compression is a cast, so the bucket can hold its outcome. Another compressor's
+    outcome can have any form, of which shards and inner products may mean nothing; so what counts,
+    and what is sent, is the gradient that is left of compressing and decompressing.
+    """
+    if compression is Compression.none or compression is None:
+        return None, None
+    if compression is Compression.fp16:
+        return tf.float16, None
+    return None, compression

@@ -1,0 +1,169 @@
+"""Training with Keras on every rank. Runs on the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import harness
+import numpy as np
+
+
+def data(rows: int = 32, rank: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets, different on every rank."""
+    rank = harness.rank() if rank is None else rank
+    rng = np.random.default_rng(100 * seed + rank)
+    x = rng.standard_normal((rows, 6)).astype(np.float32)
+    y = x.sum(1, keepdims=True) + (1 + rank) * rng.standard_normal((rows, 1))
+    return x, y.astype(np.float32)
+
+
+def network(keras: Any, **first: Any) -> Any:
+    """A small model that is the same on every rank."""
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(5, activation="tanh", **first), keras.layers.Dense(1)]
+    )
+    rng = np.random.default_rng(3)
+    model.set_weights([rng.standard_normal(w.shape) * 0.5 for w in model.get_weights()])
+    return model
+
+
+def digest(arrays: Sequence[Any]) -> str:
+    bits = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+    return hashlib.sha256(bits).hexdigest()
+
+
+def equal_bits(model: Any) -> bool:
+    """Whether all ranks hold the same weights."""
+    return len(set(harness.gather(digest(model.get_weights())))) == 1
+
+
+def assert_equal_bits(model: Any, optimizer: Any = None) -> None:
+    assert equal_bits(model), "ranks ended with different weights"
+    if optimizer is not None:
+        arrays = [np.asarray(v.numpy()) for v in optimizer.variables]
+        assert len(set(harness.gather(digest(arrays)))) == 1, "ranks ended with different optimizer variables"
+
+
+def recording(keras: Any) -> Any:
+    """SGD that keeps the gradients it was given last, which is what ranks aggregated."""
+
+    class RecordingSGD(keras.optimizers.SGD):  # type: ignore[misc]
+        def build(self, variables: Any) -> None:
+            if not getattr(self, "seen", None):
+                super().build(variables)
+                self.seen = [self.add_variable_from_reference(v, "seen") for v in variables]
+                self.keys = [self._var_key(v) for v in variables]
+
+        def update_step(self, gradient: Any, variable: Any, *rest: Any) -> None:
+            self.seen[self.keys.index(self._var_key(variable))].assign(gradient)
+            super().update_step(gradient, variable, *rest)
+
+    return RecordingSGD
+
+
+def own_gradients(model: Any, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    """This rank's gradients of the mean squared error, by the framework itself."""
+    backend = getattr(type(model), "__module__", "")
+    import keras
+
+    if keras.backend.backend() == "torch" and not backend.startswith("tf_keras"):
+        import torch
+
+        inputs, targets = torch.from_numpy(x), torch.from_numpy(y)
+        loss = (model(inputs) - targets).square().mean()
+        found = torch.autograd.grad(loss, [v.value for v in model.trainable_weights])
+        return [g.detach().numpy().astype(np.float64) for g in found]
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tf.square(model(x) - y))
+    found = tape.gradient(loss, model.trainable_weights)
+    return [tf.convert_to_tensor(g).numpy().astype(np.float64) for g in found]
+
+
+def fit_beside_oracle(
+    keras: Any, hvd: Any, steps: int = 20, tolerance: float = 1e-5, fit: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """Train by ``model.fit`` with AdaCons and hold every step's gradients against the oracle."""
+    import oracle
+
+    from adacons_hvd import AdaCons
+
+    x, y = data(8 * steps)
+    model = network(keras)
+    optimizer = hvd.DistributedOptimizer(recording(keras)(0.02), aggregator=AdaCons(), **options)
+    model.compile(optimizer, loss="mse", **(fit or {}))
+    raw: list[list[np.ndarray]] = []
+    found: list[list[np.ndarray]] = []
+
+    class Watch(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            part = slice(8 * batch, 8 * batch + 8)
+            raw.append(own_gradients(model, x[part], y[part]))
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            found.append([np.asarray(v.numpy() if not hasattr(v, "cpu") else v.cpu()) for v in optimizer.seen])
+
+    model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0, callbacks=[Watch()])
+    everyone = harness.gather(raw)
+    assert len(found) == steps
+    judge = oracle.Grouped([list(range(len(raw[0])))])
+    for step in range(steps):
+        off = oracle.error(found[step], judge([worker[step] for worker in everyone]))
+        assert off <= tolerance, f"step {step} is off by {off:.2e}, more than {tolerance:.0e}"
+    assert_equal_bits(model, optimizer)
+    return optimizer
+
+
+def beside_plain(
+    keras: Any,
+    hvd: Any,
+    make_optimizer: Any,
+    *,
+    steps: int = 4,
+    micro: int = 1,
+    summed: bool = False,
+    fit: dict[str, Any] | None = None,
+    model_of: Any = None,
+    inputs: Any = None,
+    **options: Any,
+) -> Any:
+    """Train by ``model.fit``, and a twin by the oracle and the plain optimizer; they must agree.
+
+    The twin is given, every ``micro`` batches, the oracle's result of everyone's gradients, added
+    up or averaged over the batches, and knows nothing of Horovod.
+    """
+    import oracle
+
+    from adacons_hvd import AdaCons
+
+    settings = {"momentum": 0.9, "scale": "average"}
+    x, y = (inputs or data)(8 * steps * micro)
+    model_of = model_of or network
+    model, twin = model_of(keras), model_of(keras)
+    twin.set_weights(model.get_weights())
+    optimizer = hvd.DistributedOptimizer(make_optimizer(), aggregator=AdaCons(**settings), **options)
+    model.compile(optimizer, loss="mse", **(fit or {}))
+    model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0)
+    plain = make_optimizer()
+    if getattr(plain, "gradient_accumulation_steps", None):
+        plain.gradient_accumulation_steps = None
+    judge = oracle.Grouped([list(range(len(twin.trainable_weights)))], **settings)
+    for step in range(steps):
+        total: list[np.ndarray] = []
+        for k in range(step * micro, (step + 1) * micro):
+            mine = own_gradients(twin, x[8 * k : 8 * k + 8], y[8 * k : 8 * k + 8])
+            total = [a + b for a, b in zip(total, mine, strict=True)] if total else mine
+        if not summed:
+            total = [g / micro for g in total]
+        scale = getattr(plain, "loss_scale_factor", None) or 1.0
+        expected = [scale * g for g in judge(harness.gather(total))]
+        plain.apply([keras.ops.convert_to_tensor(g.astype(np.float32)) for g in expected], twin.trainable_variables)
+    if getattr(plain, "use_ema", False):
+        plain.finalize_variable_values(twin.trainable_variables)
+    for got, expected in zip(model.get_weights(), twin.get_weights(), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
+    assert_equal_bits(model, optimizer)
+    return optimizer

@@ -1,0 +1,45 @@
+"""Training by ``model.fit`` computes the method: Keras 3 on both backends, and Keras 2."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.time_limit(300)
+
+SCHEDULES = ["two-pass", "one-pass", "gather"]
+
+
+def train(which: str, schedules: list[str]) -> list[str]:
+    import importlib
+
+    if which == "tf_keras":
+        import adacons_hvd.tensorflow.keras as hvd
+    else:
+        import adacons_hvd.keras as hvd
+    from keras_job import fit_beside_oracle
+
+    keras = importlib.import_module(which)
+    hvd.init()
+    return [fit_beside_oracle(keras, hvd, schedule=name).report.schedule for name in schedules]
+
+
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_keras_3_on_tensorflow(cluster):
+    assert cluster.run(train, "keras", SCHEDULES) == [SCHEDULES] * cluster.ranks
+
+
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), pool="keras-torch", env={"KERAS_BACKEND": "torch"})
+def test_keras_3_on_torch(cluster):
+    def without_tensorflow(*arguments):
+        import sys
+
+        result = train(*arguments)
+        assert "tensorflow" not in sys.modules
+        return result
+
+    assert cluster.run(without_tensorflow, "keras", SCHEDULES) == [SCHEDULES] * cluster.ranks
+
+
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_keras_2(cluster):
+    assert cluster.run(train, "tf_keras", SCHEDULES) == [SCHEDULES] * cluster.ranks

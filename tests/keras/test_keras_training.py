@@ -1,0 +1,397 @@
+"""What Keras users do with optimizers, each held against a plain optimizer fed by the oracle."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.ranks(2, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(240)]
+
+VARIANTS = {
+    "clipnorm": {"make": "SGD(0.05, clipnorm=0.1)"},
+    "global_clipnorm": {"make": "SGD(0.05, global_clipnorm=0.3)"},
+    "clipvalue": {"make": "SGD(0.05, clipvalue=0.1)"},
+    "moving average": {"make": "SGD(0.05, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)"},
+    "weight decay": {"make": "AdamW(0.01, weight_decay=0.5)"},
+    "rate schedule": {"make": "SGD(schedules.ExponentialDecay(0.1, 1, 0.5))"},
+    "gradient_accumulation_steps": {"make": "Adam(0.01, gradient_accumulation_steps=2)", "micro": 2},
+    "accumulation, then clipping": {
+        "make": "SGD(0.05, gradient_accumulation_steps=2, global_clipnorm=0.3)",
+        "micro": 2,
+    },
+    "backward_passes_per_step": {
+        "make": "SGD(0.02)",
+        "micro": 2,
+        "summed": True,
+        "backward_passes_per_step": 2,
+    },
+    "average_aggregated_gradients": {
+        "make": "SGD(0.02)",
+        "micro": 2,
+        "backward_passes_per_step": 2,
+        "average_aggregated_gradients": True,
+    },
+    "loss_scale_factor": {"make": "SGD(0.05, loss_scale_factor=1024.0)"},
+    "steps_per_execution": {"make": "SGD(0.05)", "fit": {"steps_per_execution": 2}},
+    "run_eagerly": {"make": "SGD(0.05)", "fit": {"run_eagerly": True}},
+    "groups": {"make": "SGD(0.05)", "groups": 2, "schedule": "one-pass"},
+    "gradient_predivide_factor": {"make": "SGD(0.05)", "gradient_predivide_factor": 4.0, "schedule": "two-pass"},
+}
+
+
+def train(make: str, **options) -> int:
+    import keras
+    from keras_job import beside_plain
+
+    import adacons_hvd.keras as hvd
+
+    hvd.init()
+    optimizers = {**vars(keras.optimizers)}
+    optimizer = beside_plain(keras, hvd, lambda: eval(make, optimizers), **options)
+    return optimizer.report.steps
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_optimizer_options(cluster, variant):
+    assert cluster.run(train, **VARIANTS[variant]) == [4, 4]
+
+
+def test_embeddings_with_repeated_rows(cluster):
+    def embedded() -> int:
+        import harness
+        import keras
+        import numpy as np
+        from keras_job import beside_plain
+
+        import adacons_hvd.keras as hvd
+
+        def model_of(keras):
+            layers = [keras.Input((3,), dtype="int32"), keras.layers.Embedding(20, 4), keras.layers.Flatten()]
+            model = keras.Sequential([*layers, keras.layers.Dense(1)])
+            rng = np.random.default_rng(3)
+            model.set_weights([rng.standard_normal(w.shape) * 0.5 for w in model.get_weights()])
+            return model
+
+        def inputs(rows):
+            rng = np.random.default_rng(harness.rank())
+            # Every word several times, and other words on other ranks.
+            return rng.integers(6 * harness.rank(), 6 * harness.rank() + 8, (rows, 3)), rng.random((rows, 1), "f4")
+
+        hvd.init()
+        done = [
+            beside_plain(keras, hvd, lambda: keras.optimizers.SGD(0.1), model_of=model_of, inputs=inputs, **options)
+            for options in ({"schedule": "one-pass"}, {"schedule": "gather"}, {"sparse_as_dense": True})
+        ]
+        return len(done)
+
+    assert cluster.run(embedded) == [3, 3]
+
+
+def test_mixed_precision_skips_a_step_on_every_rank_together(cluster):
+    def mixed(explicit: bool) -> list[float]:
+        import keras
+        import numpy as np
+        from keras_job import assert_equal_bits, data, network
+
+        import adacons_hvd.keras as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        keras.mixed_precision.set_global_policy("mixed_float16")
+        try:
+            model = network(keras)
+            inner = keras.optimizers.SGD(0.01)
+            if explicit:
+                optimizer = hvd.DistributedOptimizer(
+                    keras.optimizers.LossScaleOptimizer(inner, initial_scale=64.0), aggregator=AdaCons()
+                )
+            else:
+                optimizer = hvd.DistributedOptimizer(inner, aggregator=AdaCons())
+            model.compile(optimizer, loss="mse")
+        finally:
+            keras.mixed_precision.set_global_policy("float32")
+        scaled = model.optimizer
+        assert isinstance(scaled, keras.optimizers.LossScaleOptimizer)
+        x, y = data(32)
+        if hvd.rank() == 1:
+            y[8:16] = np.inf  # the second of four steps overflows, on this rank only
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        assert_equal_bits(model, scaled)
+        assert all(np.isfinite(w).all() for w in model.get_weights())
+        report = scaled.inner_optimizer.report
+        return [float(scaled.dynamic_scale.numpy()) / scaled.initial_scale, float(report.steps)]
+
+    # Keras' own first scale is so large that the first step overflows, too.
+    assert cluster.run(mixed, False) == [[0.25, 2.0]] * 2
+    assert cluster.run(mixed, True) == [[0.5, 3.0]] * 2
+
+
+def test_jit_compile_is_turned_off_with_one_message(cluster):
+    def jit() -> list[str]:
+        import warnings
+
+        import keras
+        from keras_job import assert_equal_bits, data, network
+
+        import adacons_hvd.keras as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        messages = []
+        for asked in (True, "auto"):
+            model = network(keras)
+            if asked == "auto":
+                # As on a machine with a GPU, where "auto" means yes.
+                model._resolve_auto_jit_compile = lambda: True
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.compile(
+                    hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), aggregator=AdaCons()),
+                    loss="mse",
+                    jit_compile=asked,
+                )
+                model.fit(*data(16), batch_size=8, verbose=0)
+            found = [str(w.message) for w in caught if "XLA" in str(w.message)]
+            assert len(found) == 1, found
+            messages += found
+            assert_equal_bits(model)
+        plain = network(keras)
+        plain.compile("sgd", "mse", jit_compile=True)
+        assert plain.jit_compile, "a model without a distributed optimizer is none of our business"
+        return messages
+
+    results = cluster.run(jit)
+    assert results[0][0].endswith("trains with jit_compile=False instead of jit_compile=True.")
+    assert results[0][1].endswith("trains with jit_compile=False.")
+
+
+def test_layers_frozen_midway(cluster):
+    def freeze() -> list[float]:
+        import keras
+        import numpy as np
+        from keras_job import assert_equal_bits, data, network
+
+        import adacons_hvd.keras as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        model = network(keras)
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), aggregator=AdaCons())
+        model.compile(optimizer, loss="mse")
+        model.fit(*data(24), batch_size=8, verbose=0)
+        before = [np.array(w) for w in model.layers[0].get_weights()]
+        last = np.array(model.layers[1].get_weights()[0])
+        model.layers[0].trainable = False
+        model.compile(optimizer, loss="mse")
+        model.fit(*data(24), batch_size=8, verbose=0)
+        assert all((a == b).all() for a, b in zip(before, model.layers[0].get_weights(), strict=True))
+        assert (last != model.layers[1].get_weights()[0]).any()
+        assert_equal_bits(model, optimizer)
+        return [optimizer.report.steps]
+
+    assert cluster.run(freeze) == [[6.0], [6.0]]
+
+
+def test_a_rank_that_freezes_alone_is_an_error_everywhere(cluster):
+    def freeze_alone() -> str:
+        import keras
+        from keras_job import data, network
+
+        import adacons_hvd.keras as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        model = network(keras)
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), aggregator=AdaCons())
+        model.compile(optimizer, loss="mse")
+        model.fit(*data(8), batch_size=8, verbose=0)
+        if hvd.rank() == 1:
+            model.layers[0].trainable = False
+            model.compile(optimizer, loss="mse")
+        with pytest.raises(Exception, match="freeze") as caught:
+            model.fit(*data(8), batch_size=8, verbose=0)
+        return type(caught.value).__name__
+
+    assert cluster.run(freeze_alone) == ["InvalidArgumentError", "DisagreementError"]
+
+
+@pytest.mark.parametrize("difference", ["aggregator", "no aggregator", "schedule", "model", "loss scaling"])
+def test_ranks_that_disagree_get_an_error_at_the_first_step(cluster, difference):
+    def disagree(difference: str) -> str:
+        import keras
+        from keras_job import data, network
+
+        import adacons_hvd.keras as hvd
+        from adacons_hvd import AdaCons
+        from adacons_hvd.agreement import DisagreementError
+
+        hvd.init()
+        odd = hvd.rank() == 1
+        options = {"aggregator": AdaCons(), "schedule": "one-pass"}
+        model = network(keras)
+        if odd and difference == "aggregator":
+            options["aggregator"] = AdaCons(momentum=0.5)
+        if odd and difference == "no aggregator":
+            options["aggregator"] = None
+        if odd and difference == "schedule":
+            options["schedule"] = "gather"
+        if odd and difference == "model":
+            model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), **options)
+        if odd and difference == "loss scaling":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        model.compile(optimizer, loss="mse")
+        with pytest.raises(DisagreementError) as caught:
+            model.fit(*data(16), batch_size=8, verbose=0)
+        return str(caught.value)
+
+    first, second = cluster.run(disagree, difference)
+    assert first.splitlines()[-3:] == second.splitlines()[-3:] or difference == "loss scaling"
+    assert "the ranks do not agree" in second
+    word = {"no aggregator": "aggregator", "model": "parameters", "loss scaling": "loss_scaling"}
+    assert f"{word.get(difference, difference)}" in first
+    assert "rank 0" in first
+    assert "rank 1" in first
+
+
+def test_batches_of_other_sizes_retrace_on_one_rank_alone(cluster):
+    def uneven() -> int:
+        import keras
+        from keras_job import assert_equal_bits, data, network
+
+        import adacons_hvd.keras as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        traces = []
+
+        class Counted(keras.Model):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+
+            def call(self, x):
+                return self.inner(x)
+
+            def train_step(self, batch):
+                traces.append(1)
+                return super().train_step(batch)
+
+        model = Counted(network(keras))
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), aggregator=AdaCons()), loss="mse")
+        # Three steps everywhere, of 8, 8, 8 on rank 0 and of 8, 8, 3 on rank 1.
+        model.fit(*data(24 if hvd.rank() == 0 else 19), batch_size=8, epochs=3, verbose=0)
+        assert_equal_bits(model)
+        return len(traces)
+
+    traces = cluster.run(uneven)
+    assert traces[0] == 1
+    assert traces[1] <= 3
+
+
+def test_several_optimizers_and_an_own_train_step(cluster):
+    def adversarial() -> list[int]:
+        import keras
+        import tensorflow as tf
+        from keras_job import assert_equal_bits, data, network
+
+        import adacons_hvd.keras as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+
+        class Pair(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = network(keras), network(keras)
+
+            def call(self, x):
+                return self.first(x) + self.second(x)
+
+            def compile(self, one, other):
+                super().compile(loss="mse")
+                self.one, self.other = one, other
+
+            def train_step(self, batch):
+                x, y = batch
+                with tf.GradientTape(persistent=True) as tape:
+                    loss = tf.reduce_mean(tf.square(self(x) - y))
+                    penalty = loss + tf.reduce_mean(tf.abs(self.second(x)))
+                first, second = self.first.trainable_variables, self.second.trainable_variables
+                self.one.apply_gradients(zip(tape.gradient(loss, first), first, strict=True))
+                self.other.apply_gradients(zip(tape.gradient(penalty, second), second, strict=True))
+                return {"loss": loss}
+
+        aggregator = AdaCons()  # one instance may serve several optimizers
+        one = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), aggregator=aggregator)
+        other = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), aggregator=aggregator)
+        model = Pair()
+        model.compile(one, other)
+        model.fit(*data(24), batch_size=8, verbose=0)
+        assert_equal_bits(model, other)
+        return [one.report.steps, other.report.steps]
+
+    assert cluster.run(adversarial) == [[3, 3], [3, 3]]
+
+
+def test_local_layers_stay_each_ranks_own(cluster):
+    def partial() -> bool:
+        import harness
+        import keras
+        import numpy as np
+        from keras_job import data, digest, network, own_gradients
+
+        import adacons_hvd.keras as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        for options in ({"aggregator": AdaCons()}, {}):
+            model = network(keras)
+            x, y = data(8)
+            before = np.array(model.layers[0].get_weights()[0])
+            mine = own_gradients(model, x, y)[0]
+            optimizer = hvd.PartialDistributedOptimizer(
+                keras.optimizers.SGD(1.0), local_layers=model.layers[0], **options
+            )
+            model.compile(optimizer, loss="mse")
+            model.fit(x, y, batch_size=8, verbose=0)
+            # As in Horovod, as long as its share of an average.
+            np.testing.assert_allclose(model.layers[0].get_weights()[0], before - mine / hvd.size(), atol=1e-5)
+            shared = set(harness.gather(digest(model.layers[1].get_weights())))
+            own = set(harness.gather(digest(model.layers[0].get_weights())))
+            assert len(shared) == 1
+            assert len(own) == 2
+        return True
+
+    assert cluster.run(partial) == [True, True]
+
+
+def test_without_an_aggregator_gradients_are_averaged_or_added(cluster):
+    def plain() -> bool:
+        import harness
+        import keras
+        import numpy as np
+        from keras_job import assert_equal_bits, data, network, own_gradients
+
+        import adacons_hvd.keras as hvd
+
+        hvd.init()
+        for op, factor in ((hvd.Average, 1 / hvd.size()), (hvd.Sum, 1.0)):
+            for more in ({}, {"groups": 2}, {"compression": hvd.Compression.fp16}):
+                model = network(keras)
+                x, y = data(8)
+                before = [np.array(w) for w in model.get_weights()]
+                everyone = harness.gather(own_gradients(model, x, y))
+                model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), op=op, **more), loss="mse")
+                model.fit(x, y, batch_size=8, verbose=0)
+                for k, weight in enumerate(model.get_weights()):
+                    expected = before[k] - 0.1 * factor * sum(worker[k] for worker in everyone)
+                    np.testing.assert_allclose(
+                        weight,
+                        expected,
+                        rtol=1e-2 if "compression" in more else 1e-5,
+                        atol=1e-2 if "compression" in more else 1e-6,
+                    )
+                assert_equal_bits(model)
+        return True
+
+    assert cluster.run(plain) == [True, True]

@@ -1,0 +1,299 @@
+"""Kinds of gradients, and what goes wrong: sparse, local, missing, not finite, other ranks' mistakes."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.ranks(3, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(100)]
+
+
+@pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
+def test_sparse_gradients(cluster, in_graph):
+    def sparse(in_graph: bool) -> int:
+        import numpy as np
+        import tensorflow as tf
+        from tf_job import array, assert_equal_bits, judge
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        rank = hvd.rank()
+        count = 0
+        for options in ({"schedule": "one-pass"}, {"schedule": "gather"}, {"sparse_as_dense": True}):
+            rng = np.random.default_rng(5)
+            table = tf.Variable(rng.standard_normal((12, 4)).astype("f4"))
+            head = tf.Variable(rng.standard_normal((4, 1)).astype("f4"))
+            own = np.random.default_rng(rank)
+            aggregator = AdaCons(momentum=0.9)
+
+            def step(words, distributed=True):
+                with tf.GradientTape() as tape:
+                    # Repeated words; other words on other ranks; none at all on the last rank.
+                    rows = tf.gather(table, words) if rank < 2 else tf.ones((5, 4))  # noqa: B023
+                    loss = tf.reduce_mean(tf.square(tf.matmul(rows, head) - 1.0))  # noqa: B023
+                if distributed:
+                    tape = hvd.DistributedGradientTape(tape, aggregator=aggregator, **options)  # noqa: B023
+                return tape.gradient(loss, [table, head])  # noqa: B023
+
+            function = tf.function(step) if in_graph else step
+            raw, found = [], []
+            for _ in range(4):
+                words = tf.constant(own.integers(3 * rank, 3 * rank + 4, 5 + (rank == 0)))
+                raw.append([array(g, v) for g, v in zip(step(words, False), [table, head], strict=True)])
+                gradients = function(words)
+                assert isinstance(gradients[0], tf.IndexedSlices) == ("sparse_as_dense" not in options)
+                found.append([array(g, v) for g, v in zip(gradients, [table, head], strict=True)])
+                table.scatter_sub(gradients[0]) if "schedule" in options else table.assign_sub(gradients[0])
+                head.assign_sub(0.1 * gradients[1])
+            judge(raw, found, momentum=0.9)
+            assert_equal_bits([table, head])
+            count += 1
+        return count
+
+    assert cluster.run(sparse, in_graph) == [3] * 3
+
+
+def test_local_sources_and_missing_gradients(cluster):
+    def local() -> bool:
+        import numpy as np
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        rank = hvd.rank()
+        for aggregator in (AdaCons(), None):
+            shared, own, idle = tf.Variable([1.0, 2.0]), tf.Variable([1.0]), tf.Variable([5.0])
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(shared) * 3 + tf.reduce_sum(own) * (rank + 1)
+            tape = hvd.PartialDistributedGradientTape(tape, aggregator=aggregator)
+            tape.register_local_source(own)
+            gradients = tape.gradient(loss, [shared, own, idle])
+            np.testing.assert_allclose(gradients[1].numpy(), [(rank + 1) / 3], rtol=1e-6)
+            assert gradients[2] is None
+            length = 3.0 if aggregator is None else 1 / np.sqrt(2)
+            np.testing.assert_allclose(gradients[0].numpy(), [length, length], rtol=1e-6)
+        return True
+
+    assert cluster.run(local) == [True] * 3
+
+
+def test_gradients_that_are_not_finite(cluster):
+    def unwell() -> list:
+        import numpy as np
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        rank = hvd.rank()
+        results = []
+        for policy in ("propagate", "exclude", "raise"):
+            aggregator = AdaCons(nonfinite=policy, scale="average")
+            weights = tf.Variable([1.0, 2.0])
+
+            @tf.function
+            def step(factor):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_sum(weights) * factor  # noqa: B023
+                tape = hvd.DistributedGradientTape(tape, aggregator=aggregator)  # noqa: B023
+                return tape.gradient(loss, weights)  # noqa: B023
+
+            good = step(tf.constant(2.0)).numpy()
+            np.testing.assert_allclose(good, [2, 2], rtol=1e-6)
+            factor = tf.constant(np.inf if rank == 1 else 2.0, tf.float32)
+            if policy == "raise":
+                with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+                    step(factor)
+                results.append('told to raise: " [1]' in str(caught.value) or "[1]" in str(caught.value))
+            else:
+                results.append(np.isfinite(step(factor).numpy()).all())
+        return results
+
+    assert cluster.run(unwell) == [[False, True, True]] * 3
+
+
+def test_a_constant_gradient_is_not_evaluated_beforehand(cluster):
+    def constant() -> list:
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        results = []
+        for aggregator in (AdaCons(scale="average"), None):
+            for schedule in ("two-pass", "one-pass", "gather"):
+                weights = tf.Variable([1.0, 2.0])
+
+                @tf.function
+                def step():
+                    with tf.GradientTape() as tape:
+                        loss = tf.reduce_sum(weights) * 3.0  # noqa: B023
+                    tape = hvd.DistributedGradientTape(tape, aggregator=aggregator, schedule=schedule)  # noqa: B023
+                    return tape.gradient(loss, weights)  # noqa: B023
+
+                results.append([round(float(x), 5) for x in step().numpy()])
+        return results
+
+    assert cluster.run(constant) == [[[3.0, 3.0]] * 6] * 3
+
+
+def test_a_graph_compiled_by_xla_is_refused(cluster):
+    def compiled() -> str:
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        weights = tf.Variable([1.0, 2.0])
+
+        @tf.function(jit_compile=True)
+        def step():
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(weights)
+            return hvd.DistributedGradientTape(tape, aggregator=AdaCons()).gradient(loss, weights)
+
+        with pytest.raises(RuntimeError) as caught:
+            step()
+        return str(caught.value)
+
+    assert all("cannot be compiled by XLA" in text for text in cluster.run(compiled))
+
+
+def test_process_sets(cluster):
+    def some() -> list:
+        import numpy as np
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        workers = hvd.add_process_set([0, 2])
+        weights = tf.Variable([1.0, 2.0])
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(weights) * (hvd.rank() + 1)
+        tape = hvd.DistributedGradientTape(tape, aggregator=AdaCons(scale="average"), process_set=workers)
+        gradient = tape.gradient(loss, weights).numpy()
+        assert (tape.report is None) == (hvd.rank() == 1)
+        return np.round(gradient, 5).tolist()
+
+    # Ranks 0 and 2 have gradients of one direction and lengths 1 and 3; rank 1 keeps its own.
+    assert cluster.run(some, fresh=True) == [[2, 2], [2, 2], [2, 2]]
+
+
+def test_what_the_report_says(cluster):
+    def report() -> bool:
+        import harness
+        import numpy as np
+        import oracle
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        rng = np.random.default_rng(hvd.rank())
+        mine = rng.random(6).astype("f4")
+        weights = tf.Variable(tf.zeros(6))
+        aggregator = AdaCons()
+        for _ in range(2):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(weights * mine)
+            tape = hvd.DistributedGradientTape(tape, aggregator=aggregator, schedule="gather")
+            got = tape.gradient(loss, weights).numpy()
+        everyone = harness.gather(np.float64(mine))
+        report = tape.report
+        assert (report.steps, report.fallbacks, report.schedule) == (2, 0, "gather")
+        np.testing.assert_allclose(report.norms[0], [np.linalg.norm(g) for g in everyone], rtol=1e-6)
+        rebuilt = sum(w * g for w, g in zip(report.weights[0], everyone, strict=True))
+        np.testing.assert_allclose(got, rebuilt, rtol=1e-5)
+        np.testing.assert_allclose(got, oracle.Oracle()(everyone), rtol=1e-5)
+        assert report.as_dict()["present"] == [[True, True, True]]
+        return True
+
+    assert cluster.run(report) == [True] * 3
+
+
+def test_optimizers_of_tensorflow(cluster):
+    def optimize() -> list:
+        import keras
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), aggregator=AdaCons(scale="average"))
+        weights = keras.Variable([1.0])
+        optimizer.apply([tf.constant([1.0 + hvd.rank()])], [weights])
+        with pytest.raises(TypeError, match="DistributedGradientTape"):
+            hvd.DistributedOptimizer(tf.compat.v1.train.GradientDescentOptimizer(0.1), aggregator=AdaCons())
+        with pytest.raises(ValueError, match="two answers to one question"):
+            hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), op=hvd.Sum, aggregator=AdaCons())
+        return [round(float(weights.numpy()[0]), 5), optimizer.report.steps]
+
+    # One direction, lengths 1, 2 and 3: the average.
+    assert cluster.run(optimize) == [[-1.0, 1]] * 3
+
+
+def torch_results(steps: int, schedules: list[str]) -> list:
+    import numpy as np
+    import torch
+
+    import adacons_hvd.torch as hvd
+    from adacons_hvd import AdaCons
+
+    hvd.init()
+    results = []
+    for schedule in schedules:
+        weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((6, 5), (5,), (7, 1))]
+        optimizer = hvd.DistributedOptimizer(torch.optim.SGD(weights, lr=1.0), aggregator=AdaCons(), schedule=schedule)
+        for step in range(steps):
+            optimizer.zero_grad()
+            rng = np.random.default_rng(100 * step + hvd.rank())
+            loss = sum((w * torch.from_numpy(rng.random(w.shape).astype("f4"))).sum() for w in weights)
+            loss.backward()
+            optimizer.step()
+        results.append([w.detach().numpy() for w in weights])
+    return results
+
+
+def tensorflow_results(steps: int, schedules: list[str]) -> list:
+    import numpy as np
+    import tensorflow as tf
+
+    import adacons_hvd.tensorflow as hvd
+    from adacons_hvd import AdaCons
+
+    hvd.init()
+    results = []
+    for schedule in schedules:
+        weights = [tf.Variable(tf.zeros(shape)) for shape in ((6, 5), (5,), (7, 1))]
+        aggregator = AdaCons()
+        for step in range(steps):
+            rng = np.random.default_rng(100 * step + hvd.rank())
+            with tf.GradientTape() as tape:
+                loss = tf.add_n([tf.reduce_sum(w * rng.random(w.shape).astype("f4")) for w in weights])
+            tape = hvd.DistributedGradientTape(tape, aggregator=aggregator, schedule=schedule)
+            for weight, gradient in zip(weights, tape.gradient(loss, weights), strict=True):
+                weight.assign_sub(gradient)
+        results.append([w.numpy() for w in weights])
+    return results
+
+
+def test_torch_and_tensorflow_give_the_same_result(cluster):
+    import numpy as np
+
+    schedules = ["two-pass", "one-pass", "gather"]
+    theirs = cluster.run(torch_results, 5, schedules, fresh=True)
+    ours = cluster.run(tensorflow_results, 5, schedules)
+    for mine, twin in zip(ours, theirs, strict=True):
+        for a, b in zip(mine, twin, strict=True):
+            for x, y in zip(a, b, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)

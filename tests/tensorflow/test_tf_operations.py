@@ -1,0 +1,148 @@
+"""TensorFlow's operations mean what PyTorch's do: the same mathematics, run through both."""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import torch
+
+from adacons_hvd import AdaCons, Aggregator, Mean, Statistics
+from adacons_hvd.ops import ops_for
+from adacons_hvd.ops import tensorflow as ours
+from adacons_hvd.ops import torch as theirs
+
+AGGREGATORS: list[Aggregator] = [
+    AdaCons(),
+    AdaCons(momentum=0),
+    AdaCons(normalize=False),
+    AdaCons(momentum=0, normalize=False),
+    AdaCons(scale="average"),
+    AdaCons(nonfinite="exclude"),
+    Mean(),
+]
+
+
+def matrices(steps: int = 5, workers: int = 5, length: int = 1000) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    mean = rng.standard_normal(length)
+    return [(mean + rng.standard_normal((workers, length))).astype(np.float32) for _ in range(steps)]
+
+
+def public(module: Any) -> set[str]:
+    return {name for name, value in vars(module).items() if isinstance(value, FunctionType) and name[0] != "_"}
+
+
+def test_both_frameworks_offer_the_same_functions() -> None:
+    assert public(theirs) <= public(ours)
+    assert ops_for(tf.ones(3)) is ours
+    assert ops_for(tf.Variable([1.0])) is ours
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS, ids=repr)
+def test_aggregators_agree_with_torch_step_by_step(aggregator: Aggregator) -> None:
+    twin = type(aggregator)(**vars(aggregator))
+    for rows in matrices():
+        got = aggregator(tf.constant(rows)).numpy()
+        expected = twin(torch.from_numpy(rows)).numpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    for name, value in twin._memory.items():
+        np.testing.assert_allclose(aggregator._memory[name].numpy(), value.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("aggregator", [AdaCons(), AdaCons(scale="average"), Mean()], ids=repr)
+def test_a_graph_computes_what_eager_code_does(aggregator: Aggregator) -> None:
+    present = tf.constant([True, True, True, False])
+
+    def decide(rows: tf.Tensor, memory: dict[str, tf.Tensor]) -> Any:
+        decision = aggregator.decide(Statistics.of(rows, present=present), memory)
+        return decision.weights, decision.memory
+
+    graph = tf.function(decide)
+    memory: dict[str, tf.Tensor] = {}
+    twin: dict[str, tf.Tensor] = {}
+    for rows in matrices(workers=4):
+        masked = tf.constant(rows) * tf.cast(present, tf.float32)[:, None]
+        weights, memory = decide(masked, memory)
+        traced, twin = graph(masked, twin)
+        np.testing.assert_allclose(traced.numpy(), weights.numpy(), rtol=1e-12)
+    assert weights.numpy()[3] == 0
+
+
+@pytest.mark.parametrize("case", ["zero", "opposed", "nan", "one worker zero"])
+def test_edge_cases_agree_with_torch(case: str) -> None:
+    rows = matrices(1, 4, 50)[0]
+    if case == "zero":
+        rows[:] = 0
+    elif case == "opposed":
+        rows[1::2] = -rows[::2]
+    elif case == "nan":
+        rows[2, 3] = np.nan
+    else:
+        rows[1] = 0
+    decision, _ = AdaCons().explain(tf.constant(rows))
+    twin, _ = AdaCons().explain(torch.from_numpy(rows))
+    np.testing.assert_allclose(decision.weights.numpy(), twin.weights.numpy(), rtol=1e-6)
+    assert decision.fallback.numpy().tolist() == twin.fallback.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(("workers", "length"), [(1, 7), (3, 0), (4, 300_001), (20, 30_011)])
+def test_large_operations(dtype: str, workers: int, length: int) -> None:
+    rng = np.random.default_rng(1)
+    numbers = rng.standard_normal((workers, length)).astype(np.float32)
+    rows = tf.cast(tf.constant(numbers), dtype)
+    exact = tf.cast(rows, tf.float64).numpy()
+    products = exact @ exact.T
+    close = {"rtol": 1e-5, "atol": 1e-4 * np.sqrt(length)}
+    np.testing.assert_allclose(ours.gramian(rows).numpy(), products, **close)
+    np.testing.assert_allclose(
+        ours.consensus(rows).numpy(), np.stack([products.sum(1), products.diagonal()], 1), rtol=1e-5, atol=1e-2
+    )
+    np.testing.assert_allclose(ours.square(rows[0]).numpy(), products[0, 0], **close)
+    np.testing.assert_allclose(ours.moments(rows[0], rows[-1]).numpy(), [products[0, -1], products[0, 0]], **close)
+    weights = tf.constant(rng.random(workers), tf.float64)
+    combined = ours.combine(weights, rows)
+    assert combined.dtype == rows.dtype
+    rounding = {"float16": 1e-2, "bfloat16": 1e-1}.get(dtype, 1e-5)
+    np.testing.assert_allclose(tf.cast(combined, tf.float64).numpy(), weights.numpy() @ exact, atol=rounding, rtol=1e-2)
+
+
+def test_segments_are_laid_side_by_side() -> None:
+    rows = tf.constant(np.arange(20, dtype=np.float32).reshape(2, 10))
+    first, second = tf.constant([1.0, 0.0], tf.float64), tf.constant([0.0, 2.0], tf.float64)
+    got = ours.combine_segments(rows, [(1, 3, first), (3, 8, second)], None).numpy()
+    assert got.tolist() == [0, 1, 2, 26, 28, 30, 32, 34, 0, 0]
+    half, three = tf.constant(0.5, tf.float64), tf.constant(3.0, tf.float64)
+    got = ours.scale_segments(rows[0], [(0, 4, half), (4, 6, three)]).numpy()
+    assert got.tolist() == [0, 0.5, 1, 1.5, 12, 15, 0, 0, 0, 0]
+
+
+def test_sparse_operations_agree_with_torch() -> None:
+    rng = np.random.default_rng(2)
+    owners = np.array([0, 0, 0, 1, 2, 2])
+    rows = np.array([4, 1, 7, 4, 7, 1])
+    values = rng.standard_normal((6, 3)).astype(np.float32)
+    weights = rng.random(4)
+    mine = (tf.constant(owners), tf.constant(rows), tf.constant(values))
+    twin = (torch.from_numpy(owners), torch.from_numpy(rows), torch.from_numpy(values))
+    for name in ("sparse_consensus", "sparse_gramian"):
+        got = getattr(ours, name)(*mine, 4).numpy()
+        np.testing.assert_allclose(got, getattr(theirs, name)(*twin, 4).numpy(), rtol=1e-5)
+    got_rows, got_values = ours.sparse_combine(*mine, tf.constant(weights))
+    twin_rows, twin_values = theirs.sparse_combine(*twin, torch.from_numpy(weights))
+    order = np.argsort(got_rows.numpy())
+    assert got_rows.numpy()[order].tolist() == twin_rows.tolist()
+    np.testing.assert_allclose(got_values.numpy()[order], twin_values.numpy(), rtol=1e-6)
+
+
+def test_sparse_operations_on_nothing() -> None:
+    nothing = (tf.zeros((0,), tf.int64), tf.zeros((0,), tf.int64), tf.zeros((0, 3)))
+    assert ours.sparse_consensus(*nothing, 2).numpy().tolist() == [[0, 0], [0, 0]]
+    assert ours.sparse_gramian(*nothing, 2).numpy().tolist() == [[0, 0], [0, 0]]
+    rows, values = ours.sparse_combine(*nothing, tf.ones(2, tf.float64))
+    assert rows.shape == (0,)
+    assert values.shape == (0, 3)

@@ -1,0 +1,83 @@
+"""DistributedGradientTape: the method itself, by every schedule, eagerly and in graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.time_limit(300)
+
+SETTINGS: list[dict[str, Any]] = [
+    {"momentum": 0.99, "normalize": True, "scale": "unit"},
+    {"momentum": 0.0, "normalize": True, "scale": "average"},
+    {"momentum": 0.9, "normalize": False, "scale": "unit"},
+]
+SCHEDULES = ["two-pass", "one-pass", "gather"]
+
+Case = tuple[dict[str, Any], dict[str, Any]]
+
+
+def train(steps: int, cases: list[Case], in_graph: bool, tolerance: float = 1e-5) -> int:
+    """Train a set of variables for every case, all in the same steps, and judge each."""
+    import numpy as np
+    import tensorflow as tf
+    from tf_job import array, assert_equal_bits, fixed_gradients, judge, make_variables, pulling
+
+    import adacons_hvd.tensorflow as hvd
+    from adacons_hvd import AdaCons
+
+    hvd.init()
+    models = [make_variables() for _ in cases]
+    aggregators = [AdaCons(**settings) for settings, _ in cases]
+    traces = []
+
+    def step(*fixed):
+        traces.append(1)
+        everything = []
+        for variables, aggregator, (_, options) in zip(models, aggregators, cases, strict=True):
+            with tf.GradientTape() as tape:
+                loss = pulling(variables, fixed)
+            compression = getattr(hvd.Compression, options.get("compression", "none"))
+            options = {**options, "compression": compression, "bucket_bytes": 150}
+            tape = hvd.DistributedGradientTape(tape, aggregator=aggregator, **options)
+            gradients = tape.gradient(loss, variables)
+            for variable, gradient in zip(variables, gradients, strict=True):
+                variable.assign_sub(0.05 * gradient)
+            everything.append(gradients)
+        return everything
+
+    function = tf.function(step) if in_graph else step
+    raw: list[list[Any]] = [[] for _ in cases]
+    found: list[list[Any]] = [[] for _ in cases]
+    for number in range(steps):
+        fixed = fixed_gradients(hvd.rank(), number)
+        for k, variables in enumerate(models):
+            raw[k].append([np.float64(g) + np.float64(v.numpy()) for g, v in zip(fixed, variables, strict=True)])
+        for k, gradients in enumerate(function(*map(tf.constant, fixed))):
+            found[k].append([array(g, v) for g, v in zip(gradients, models[k], strict=True)])
+    assert len(traces) == (1 if in_graph else steps)
+    for k, (settings, options) in enumerate(cases):
+        judge(raw[k], found[k], layerwise=options.get("granularity") == "layer", tolerance=tolerance, **settings)
+    assert_equal_bits([variable for variables in models for variable in variables])
+    return len(cases)
+
+
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_gradients_in_a_graph_agree_with_the_oracle(cluster):
+    cases: list[Case] = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
+    cases += [(SETTINGS[1], {"schedule": "one-pass"}), (SETTINGS[2], {"schedule": "two-pass"})]
+    cases += [(SETTINGS[0], {"schedule": "one-pass", "granularity": "layer"})]
+    assert cluster.run(train, 20, cases, True) == [len(cases)] * cluster.ranks
+
+
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_eager_gradients_agree_with_the_oracle(cluster):
+    cases = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
+    assert cluster.run(train, 20, cases, False) == [len(cases)] * cluster.ranks
+
+
+@pytest.mark.ranks(3, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_half_precision_messages(cluster):
+    cases = [(SETTINGS[0], {"schedule": name, "compression": "fp16"}) for name in SCHEDULES]
+    assert cluster.run(train, 5, cases, True, 5e-3) == [3] * 3
