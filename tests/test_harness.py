@@ -388,7 +388,9 @@ def pytest_on(folder: Path, source: str, *options: str) -> tuple[subprocess.Pope
     (folder / "test_inner.py").write_text(source)
     mark = f"HARNESS_OUTER={secrets.token_hex(8)}"
     env = environment(LAUNCHERS["gloo"], folder, dict([mark.split("=")]))
-    command = [sys.executable, "-m", "pytest", "-p", "harness.plugin", "--basetemp", str(folder / "tmp"), *options]
+    # Whoever starts this suite in the background starts it deaf to SIGINT, and that would be inherited.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "pytest", "-p", "harness.plugin"]
+    command += ["--basetemp", str(folder / "tmp"), *options]
     output = (folder / "output").open("w")
     return subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output, text=True), mark
 

@@ -32,39 +32,52 @@ class Slot:
     #: expected to before the gradient is worth sending.
     additions: int = 0
     expected: int = 1
-    loaded: bool = False
+    #: Which gradient, in which version, was taken to be sent.
+    taken: tuple[int, int] | None = None
 
     @property
     def length(self) -> int:
         """How many real numbers the gradient consists of."""
         return self.parameter.numel() * (2 if self.parameter.is_complex() else 1)
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Changes when the gradient is replaced, removed, or modified in place."""
+        gradient = self.parameter.grad
+        return id(gradient), -1 if gradient is None else gradient._version
+
 
 class Parcel:
     """Slots that travel together."""
 
     slots: list[Slot]
+    #: How many slots have not been added to as often as expected.
+    waiting: int
 
     @property
     def bucket(self) -> Bucket:
         raise NotImplementedError
 
-    def load(self, slot: Slot) -> None:
-        """Take the slot's gradient as it is now."""
-        raise NotImplementedError
-
-    def load_all(self) -> None:
+    def load(self) -> None:
+        """Take the gradients as they are now."""
         for slot in self.slots:
-            if not slot.loaded:
-                self.load(slot)
+            slot.taken = slot.identity
 
-    @property
-    def complete(self) -> bool:
-        return all(slot.loaded for slot in self.slots)
+    def outdated(self) -> bool:
+        """Whether a gradient has changed since it was taken."""
+        return any(slot.taken != slot.identity for slot in self.slots)
 
     def deliver(self) -> None:
         """Put the result into the gradients."""
         raise NotImplementedError
+
+    def expect(self, passes: int) -> None:
+        """Begin to count anew what backward adds."""
+        for slot in self.slots:
+            # A slot that was added to several times will be next time, most likely: reentrant
+            # checkpointing, or a second loss. Waiting for that many saves sending twice.
+            slot.expected, slot.additions = max(slot.additions, passes), 0
+        self.waiting = len(self.slots)
 
 
 class DenseParcel(Parcel):
@@ -79,6 +92,7 @@ class DenseParcel(Parcel):
         compression: Any,
     ) -> None:
         self.slots = slots
+        self.waiting = len(slots)
         self.compression = compression
         length = 0
         segments: list[Segment] = []
@@ -101,16 +115,10 @@ class DenseParcel(Parcel):
     def bucket(self) -> DenseBucket:
         return self._bucket
 
-    def load(self, slot: Slot) -> None:
-        self._load([slot])
-
-    def load_all(self) -> None:
-        self._load([slot for slot in self.slots if not slot.loaded])
-
-    def _load(self, slots: Sequence[Slot]) -> None:
+    def load(self) -> None:
+        super().load()
         views, gradients = [], []
-        for slot in slots:
-            slot.loaded = True
+        for slot in self.slots:
             view, gradient = self._views[slot], slot.parameter.grad
             if gradient is None:
                 view.zero_()
@@ -128,7 +136,6 @@ class DenseParcel(Parcel):
     def deliver(self) -> None:
         views, gradients = [], []
         for slot in self.slots:
-            slot.loaded = False
             parameter, view = slot.parameter, self._views[slot]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -159,6 +166,7 @@ class SparseParcel(Parcel):
 
     def __init__(self, name: str, slot: Slot, schedule: Schedule) -> None:
         self.slots = [slot]
+        self.waiting = 1
         slot.parcel = self
         nothing = slot.parameter.new_zeros((0, slot.length // max(slot.parameter.shape[0], 1)))
         self._bucket = SparseBucket(
@@ -169,9 +177,9 @@ class SparseParcel(Parcel):
     def bucket(self) -> SparseBucket:
         return self._bucket
 
-    def load(self, slot: Slot) -> None:
-        slot.loaded = True
-        gradient = slot.parameter.grad
+    def load(self) -> None:
+        super().load()
+        gradient = self.slots[0].parameter.grad
         width = self.bucket.values.shape[1]
         if gradient is None:
             self.bucket.rows = self.bucket.rows.new_zeros(0)
@@ -185,7 +193,6 @@ class SparseParcel(Parcel):
 
     def deliver(self) -> None:
         (slot,) = self.slots
-        slot.loaded = False
         shape = slot.parameter.shape
         slot.parameter.grad = torch.sparse_coo_tensor(
             self.bucket.rows[None],

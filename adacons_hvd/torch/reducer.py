@@ -126,14 +126,13 @@ class Reducer:
         slot.additions += 1
         if not (self._current and self._overlaps):
             return
-        if slot.parcel.bucket.begun:
-            self._changed_after_leaving = True
-        elif slot.additions >= slot.expected:
-            slot.parcel.load(slot)
-            if slot.parcel.complete and slot.parcel not in self._full:
+        if slot.additions == slot.expected:
+            slot.parcel.waiting -= 1
+            if slot.parcel.waiting == 0:
                 self._full.append(slot.parcel)
         if self._full and self._all_are_here():
             for parcel in self._full:
+                parcel.load()
                 parcel.bucket.begin()
             self._full.clear()
 
@@ -162,7 +161,7 @@ class Reducer:
         self._settle()
         for parcel in self._parcels:
             if not parcel.bucket.begun:
-                parcel.load_all()
+                parcel.load()
         if self._parcels:
             buckets = [parcel.bucket for parcel in self._parcels]
             loss_scale = unscale(self.settings.grad_scaler, buckets[0].reference)
@@ -173,11 +172,7 @@ class Reducer:
             self.report = Report(decision, statistics, self._schedule_name, self._reason)
             for parcel in self._parcels:
                 parcel.deliver()
-        for slot in self._slots.values():
-            # A slot that was added to several times will be next time, most likely: reentrant
-            # checkpointing, or a second loss. Waiting for that many saves sending twice.
-            slot.expected = max(slot.additions, self.passes)
-            slot.additions = 0
+                parcel.expect(self.passes)
         self.pending = False
 
     def _settle(self) -> None:
@@ -195,7 +190,8 @@ class Reducer:
         slots = list(self._slots.values()) if current else self._draft()
         digest = self._digest if current else agreement.digest(self._description(slots))
         begun = any(parcel.bucket.begun for parcel in self._parcels)
-        mine = Flags(not current, self._joined, begun, self._changed_after_leaving, digest)
+        changed = any(parcel.bucket.begun and parcel.outdated() for parcel in self._parcels)
+        mine = Flags(not current, self._joined, begun, changed, digest)
         flags = exchange_flags(self._collectives, mine, self.name)
         present = [worker for worker in flags if worker is not None]
         if any(worker.digest != digest for worker in present):
@@ -219,7 +215,7 @@ class Reducer:
         """
         for parcel in self._parcels:
             if not parcel.bucket.begun:
-                parcel.load_all()
+                parcel.load()
                 parcel.bucket.begin()
         for parcel in self._parcels:
             try:
@@ -228,9 +224,6 @@ class Reducer:
                 # Horovod refuses all but sums once a rank has joined; a lost connection will show
                 # again in the next collective.
                 parcel.bucket.begun = False
-            for slot in parcel.slots:
-                slot.loaded = False
-        self._changed_after_leaving = False
 
     # --- the layout -----------------------------------------------------------------------------
 
@@ -252,7 +245,6 @@ class Reducer:
         self._digest = 0
         self._joined = False
         self._current = False
-        self._changed_after_leaving = False
         self._overlaps = False
         self._full = []
         self._asks = False
@@ -365,7 +357,9 @@ class Reducer:
     def set_passes(self, passes: int) -> None:
         self.passes = passes
         for slot in self._slots.values():
-            slot.expected = passes
+            slot.additions = 0
+        for parcel in self._parcels:
+            parcel.expect(passes)
 
     def reset(self) -> None:
         """Forget everything under way, without waiting for it: the workers may be gone."""

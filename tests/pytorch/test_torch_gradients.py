@@ -331,7 +331,7 @@ def test_ten_thousand_tensors_and_one(cluster):
 
         groups = [[i] for i in range(count)] if granularity == "layer" else None
         compare(
-            wrapped(parameters, granularity=granularity, aggregator=smooth()),
+            wrapped(parameters, granularity=granularity, aggregator=smooth(), schedule="one-pass"),
             parameters,
             backward,
             steps=2,
@@ -551,5 +551,37 @@ def test_a_step_inside_of_an_autocast_keeps_its_precision(cluster, schedule):
         optimizer = wrapped(model.parameters(), schedule=schedule)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             compare(optimizer, list(model.parameters()), lambda _: loss_of(model, batches).backward())
+
+    cluster.run(case)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
+def test_gradients_changed_by_hand_after_they_left(cluster, how):
+    """What counts is what is there when step() is called, on all ranks or on one."""
+
+    def case():
+        import time
+
+        import harness
+        import torch
+        from torch_job import Batches, compare, loss_of, network
+
+        model, batches = network(), Batches()
+        parameters = list(model.parameters())
+
+        def backward(step):
+            loss_of(model, batches).backward()
+            time.sleep(0.02)
+            if step % 2 and harness.rank() != 1:
+                return
+            for p in parameters[2:]:
+                if how == "in place":
+                    p.grad.clamp_(-0.1, 0.1)
+                else:
+                    p.grad = torch.ones_like(p) if how == "replaced" else None
+
+        # Sums leave at once, so the gradients are on their way when they are changed.
+        optimizer = wrapped(parameters, schedule="two-pass", bucket_bytes=64)
+        compare(optimizer, parameters, backward)
 
     cluster.run(case)
