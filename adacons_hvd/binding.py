@@ -122,15 +122,13 @@ class State:
         """Make a loaded memory fit the groups and workers there are, on ``reference``'s device."""
         ops = ops_for(reference)
         known = ops.shape(self.memory["steps"])[0] if self.memory else groups
-        if known > groups:
+        if known != groups:
             warnings.warn(
                 f"the aggregator's state is for {known} groups of parameters and there are {groups} now, "
                 "so it starts afresh",
                 stacklevel=2,
             )
             self.memory = {}
-        elif known < groups:  # parameters were added; their groups start with nothing
-            self.memory = {name: _taller(value, groups) for name, value in self.memory.items()}
         if self.memory and self.workers != workers:
             self.memory = aggregator.resized(self.memory, workers)
         self.memory = {name: ops.beside(value, reference) for name, value in self.memory.items()}
@@ -141,11 +139,3 @@ class State:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.memory, self.workers = unpack_memory(state)
-
-
-def _taller(tensor: Tensor, rows: int) -> Tensor:
-    """A matrix with rows of zeros added."""
-    ops = ops_for(tensor)
-    height, width = ops.shape(tensor)
-    flat = [ops.reshape(tensor, (-1,)), ops.zeros(((rows - height) * width,), tensor)]
-    return ops.reshape(ops.concat(flat), (rows, width))
