@@ -117,8 +117,8 @@ def test_backward_passes_per_step_add_up_before_they_are_sent(cluster):
 
 def test_fewer_or_more_backward_passes_than_announced_are_no_loss(cluster):
     def case():
-        run_case(passes=1, backward_passes_per_step=2, schedule="one-pass")
-        run_case(passes=3, backward_passes_per_step=2, schedule="one-pass")
+        run_case(passes=1, backward_passes_per_step=2, schedule="two-pass")
+        run_case(passes=3, backward_passes_per_step=2, schedule="two-pass")
 
     cluster.run(case)
 
