@@ -16,6 +16,7 @@ from .ops import Tensor, ops_for
 from .schedules import SCHEDULES
 
 __all__ = [
+    "BUCKET_BYTES",
     "STATE_KEY",
     "State",
     "check_aggregator",
@@ -28,6 +29,10 @@ __all__ = [
 
 #: Where an optimizer's ``state_dict`` keeps the aggregator's state.
 STATE_KEY = "adacons"
+
+#: How much gradient travels together unless the user says otherwise: large enough to fill a fast
+#: network, small enough to begin while backward still runs.
+BUCKET_BYTES = 32 << 20
 
 Parameter = TypeVar("Parameter", bound=Hashable)
 

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..aggregators import Aggregator
+from ..binding import BUCKET_BYTES
 from .arguments import distribute
 from .backends import backend_of, keras_backend
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "load_model"]
 
 _hvd = backend_of(keras_backend()).hvd
-
-BUCKET_BYTES = 32 << 20
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name

@@ -24,7 +24,6 @@ __all__ = [
     "variables_of",
 ]
 
-BUCKET_BYTES = 32 << 20
 
 #: None that Horovod does not raise as its own.
 COLLECTIVE_ERRORS: tuple[type[Exception], ...] = ()

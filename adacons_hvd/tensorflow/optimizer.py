@@ -11,7 +11,7 @@ from horovod.tensorflow.compression import Compression
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from ..aggregators import Aggregator
-from .reducer import BUCKET_BYTES
+from ..binding import BUCKET_BYTES
 
 __all__ = ["DistributedOptimizer"]
 

@@ -34,7 +34,7 @@ from tensorflow.python.ops import control_flow_util
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator, Decision, Memory, Statistics, pack_memory, unpack_memory
-from ..binding import choose_schedule, group_parameters
+from ..binding import BUCKET_BYTES, choose_schedule, group_parameters
 from ..collectives import host_name
 from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_variable
 from ..costs import Topology
@@ -42,10 +42,8 @@ from ..report import Report
 from ..schedules import SCHEDULES, Step
 from .packing import Gradient, Parcel, Slot, plan
 
-__all__ = ["BUCKET_BYTES", "Reducer", "Settings", "key_of", "native"]
+__all__ = ["Reducer", "Settings", "key_of", "native"]
 
-#: Large enough to fill a fast network, small enough to begin while backward still runs.
-BUCKET_BYTES = 32 << 20
 
 NO_XLA = (
     "Horovod's operations cannot be compiled by XLA, so gradients cannot be aggregated inside "

@@ -12,10 +12,11 @@ from horovod.tensorflow.compression import Compression
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from ..aggregators import Aggregator
+from ..binding import BUCKET_BYTES
 from ..report import Report
 from .arguments import checked_groups, checked_settings
 from .packing import Gradient
-from .reducer import BUCKET_BYTES, Reducer, Settings, key_of, native
+from .reducer import Reducer, Settings, key_of, native
 
 __all__ = ["DistributedGradientTape", "PartialDistributedGradientTape"]
 

@@ -15,15 +15,12 @@ from horovod.torch.mpi_ops import ProcessSet, global_process_set
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator
-from ..binding import STATE_KEY, check_aggregator, check_granularity, parameter_lists
+from ..binding import BUCKET_BYTES, STATE_KEY, check_aggregator, check_granularity, parameter_lists
 from ..collectives.horovod_torch import HorovodTorch
 from ..report import Report
 from .reducer import Flags, Reducer, Settings, exchange_flags, take_number
 
 __all__ = ["DistributedOptimizer", "broadcast_optimizer_state"]
-
-#: Large enough to fill a fast network, small enough to begin while backward still runs.
-BUCKET_BYTES = 32 << 20
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name

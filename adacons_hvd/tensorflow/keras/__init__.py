@@ -15,10 +15,10 @@ from horovod.tensorflow.keras import Average, Compression, ProcessSet, global_pr
 
 from ...aggregators import AdaCons as AdaCons
 from ...aggregators import Aggregator
+from ...binding import BUCKET_BYTES
 from ...keras.arguments import distribute
 from ...keras.loading import load_model as _load_model
 from ...keras.on_tensorflow import broadcast_global_variables as broadcast_global_variables
-from ..reducer import BUCKET_BYTES
 from ..tape import variables_of
 
 # Horovod's modules of these names are here already, and would be what `from . import` finds.
