@@ -56,8 +56,8 @@ def test_float32_agrees_with_the_oracle(cluster):
     assert cluster.run(train, "float32", 1e-5, SCHEDULES, 20) == [48] * cluster.ranks
 
 
-@pytest.mark.ranks(2, 3, launcher=("mpi", "gloo"))
-@pytest.mark.time_limit(180)
+@pytest.mark.ranks(2, 3, 4, 5, 8, launcher=("mpi", "gloo"))
+@pytest.mark.time_limit(240)
 def test_float64_agrees_with_the_oracle(cluster):
     assert cluster.run(train, "float64", 1e-12, SCHEDULES, 20) == [48] * cluster.ranks
 
