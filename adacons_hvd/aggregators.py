@@ -25,7 +25,8 @@ tensor([0.7500, 0.7500])
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -161,17 +162,21 @@ class Aggregator:
         """Turn one step's statistics into weights: :meth:`weigh`, made safe and counted.
 
         Statistics that are not finite make the step a plain average and leave the memory as it
-        was. The memory gains two counters: ``steps``, and ``fallbacks`` to the average. An empty
-        ``memory`` is the state before the first step.
+        was. The memory gains two counters: ``steps``, and ``fallbacks`` to the average; and the
+        gradients' ``length``, root mean square over the workers, which tells schedules what to
+        expect of the next step. An empty ``memory`` is the state before the first step.
         """
         ops = ops_for(statistics.squares)
         present = statistics.present
-        finite = ops.every(ops.isfinite(statistics.dots) & ops.isfinite(statistics.squares))
+        known = ops.isfinite(statistics.squares)
+        finite = ops.every(ops.isfinite(statistics.dots) & known)
+        squares = ops.where(known, statistics.squares, ops.zeros_like(statistics.squares))
+        length = ops.sqrt(ops.total(squares) / _count(present & known))
         statistics = _zero_unless(finite, statistics)
-        if not memory:
-            zero = ops.zeros((*ops.shape(present)[:-1], 1), statistics.squares)
-            memory = {"steps": zero, "fallbacks": zero, **self.start(statistics)}
-        own = {name: value for name, value in memory.items() if name not in _COUNTERS}
+        if len(memory) == len(_COMMON) or not memory.keys() >= set(_COMMON):
+            # The first step, or what another aggregator or an earlier version has left.
+            memory = {**self.started(statistics), **memory}
+        own = _own(memory)
         decision = self.weigh(statistics, own)
         usable = finite & ops.every(ops.isfinite(decision.weights))
         fallback = decision.fallback | ~usable
@@ -181,19 +186,26 @@ class Aggregator:
             memory={
                 "steps": memory["steps"] + 1,
                 "fallbacks": memory["fallbacks"] + ops.wide(fallback),
+                "length": ops.where(length > 0, length, memory["length"]),
                 **{k: ops.where(usable, new, own[k]) for k, new in decision.memory.items()},
             },
             fallback=fallback,
             stages=decision.stages,
         )
 
+    def started(self, statistics: Statistics) -> Memory:
+        """Return a whole memory to begin with; ``statistics`` shows the shapes."""
+        ops = ops_for(statistics.squares)
+        zero = ops.zeros((*ops.shape(statistics.squares)[:-1], 1), statistics.squares)
+        return {**dict.fromkeys(_COMMON, zero), **self.start(statistics)}
+
     def resized(self, memory: Memory, workers: int) -> Memory:
         """Return a whole memory, counters included, made for another number of workers."""
-        own = {name: value for name, value in memory.items() if name not in _COUNTERS}
+        own = _own(memory)
         if not own:
             return memory
-        own = self.resize(own, workers)
-        return {**{name: memory[name] for name in _COUNTERS}, **own} if own else {}
+        resized = self.resize(own, workers)
+        return {**{name: value for name, value in memory.items() if name not in own}, **resized} if resized else {}
 
     def explain(self, gradients: Tensor) -> tuple[Decision, Tensor]:
         """Decide on the rows of an N x d matrix, and return the rows the weights are for.
@@ -396,13 +408,13 @@ def _sort(alpha: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """
     ops = ops_for(alpha)
     workers = ops.shape(alpha)[-1]
-    count = ops.total(ops.wide(present))
-    # How far apart A values are, in steps of N. One worker alone is at 0 whatever this is.
-    stride = max(workers - 1, 1) / ops.where(count > 1, count - 1, ops.ones_like(count))
+    # How far apart N values are, in steps of A. One value alone is stretched to N equal ones.
+    step = (ops.total(ops.wide(present)) - 1) / max(workers - 1, 1)
     order = ops.argsort(ops.where(present, alpha, ops.zeros_like(alpha) + float("inf")))
-    place = ops.where(present, ops.wide(ops.argsort(order)) * stride, ops.zeros_like(alpha))
+    place = ops.wide(ops.argsort(order)) / ops.where(step > 0, step, ops.ones_like(step))
     number = ops.zeros_like(alpha) + ops.like(range(workers), alpha)
-    return _read_at(ops.take(alpha, order), number / stride), place
+    curve = _read_at(ops.take(alpha, order), number * step)
+    return curve, ops.where(present, place, ops.zeros_like(alpha))
 
 
 def _count(present: Tensor) -> Tensor:
@@ -422,7 +434,14 @@ def _zero_unless(condition: Tensor, s: Statistics) -> Statistics:
     return Statistics(ops.where(condition, s.dots, zero), ops.where(condition, s.squares, zero), s.present, gramian)
 
 
-_COUNTERS = ("steps", "fallbacks")
+#: What is in every aggregator's memory; the rest is its own.
+_COMMON = ("steps", "fallbacks", "length")
+
+
+def _own(memory: Memory) -> Memory:
+    """What in a memory is the aggregator's own."""
+    return {name: value for name, value in memory.items() if name not in _COMMON}
+
 
 #: The layout of :func:`pack_memory`, raised when a change would misread older states.
 STATE_VERSION = 1
@@ -445,7 +464,23 @@ def unpack_memory(state: Mapping[str, Any]) -> tuple[Memory, int]:
             f"adacons_hvd; this one reads up to version {STATE_VERSION}. Upgrade adacons_hvd"
         )
     memory = {name: value for name, value in state.items() if name not in ("version", "workers")}
+    for name, value in memory.items():
+        if not all(map(math.isfinite, _flat(value))):
+            raise ValueError(
+                f"this aggregator state is damaged: {name!r} holds NaN or infinity, which none is saved with"
+            )
     return memory, int(state["workers"])
+
+
+def _flat(value: Any) -> Iterator[float]:
+    """The numbers in a tensor or an array, of whatever library, or in lists of lists."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, (int, float)):
+        yield value
+    else:
+        yield from _flat(value.tolist() if hasattr(value, "tolist") else value.numpy().tolist())
 
 
 def _one_of(argument: str, value: str, choices: tuple[str, ...]) -> str:

@@ -6,12 +6,15 @@ No framework and no communication library is imported here.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .aggregators import Aggregator, Memory, pack_memory, unpack_memory
-from .costs import Topology, choose
+from .calibration import measured_rates
+from .collectives import Collectives
+from .costs import Network, Rates, choose
 from .ops import Tensor, ops_for
 from .schedules import SCHEDULES
 
@@ -34,20 +37,26 @@ STATE_KEY = "adacons"
 #: network, small enough to begin while backward still runs.
 BUCKET_BYTES = 32 << 20
 
+#: From how many bytes of gradient on the cluster is measured before a schedule is chosen. For less
+#: the default figures are good enough.
+MEASURED_FROM = 256 << 10
+
 Parameter = TypeVar("Parameter", bound=Hashable)
 
 
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def check_aggregator(aggregator: Any, schedule: str) -> None:
+def check_aggregator(aggregator: Any, schedule: str | Network) -> None:
     """Refuse what is no aggregator, and a schedule that is unknown or cannot serve it."""
     if not isinstance(aggregator, Aggregator):
         raise TypeError(f"aggregator must be an Aggregator such as AdaCons(), got {aggregator!r}")
-    if schedule != "auto" and schedule not in SCHEDULES:
-        choices = ", ".join(["auto", *SCHEDULES])
-        raise ValueError(f"schedule must be one of {choices}, got {schedule!r}")
-    if schedule != "auto" and aggregator.needs_gramian and not SCHEDULES[schedule].gives_gramian:
+    if isinstance(schedule, Network) or schedule in ("auto", "fast"):
+        return
+    if schedule not in SCHEDULES:
+        choices = ", ".join(["auto", "fast", *SCHEDULES])
+        raise ValueError(f"schedule must be one of {choices}, or a Network, got {schedule!r}")
+    if aggregator.needs_gramian and not SCHEDULES[schedule].gives_gramian:
         able = ", ".join(name for name, cls in SCHEDULES.items() if cls.gives_gramian)
         raise ValueError(
             f"{aggregator!r} needs the Gramian of all gradients, which schedule={schedule!r} "
@@ -98,11 +107,32 @@ def group_parameters(
     return {p: group_of.get(p, rest) for p in parameters}, rest + has_rest
 
 
-def choose_schedule(wanted: str, aggregator: Aggregator, size: float, topology: Topology) -> tuple[str, str]:
-    """The schedule to use and why that one, for ``size`` bytes of dense gradient per worker."""
-    if wanted == "auto":
-        return choose(topology, size, aggregator.needs_gramian)
-    return wanted, "asked for"
+def choose_schedule(
+    wanted: str | Network,
+    aggregator: Aggregator,
+    collectives: Collectives,
+    hosts: Sequence[str],
+    size: float,
+    bucket_bytes: float,
+    reference: Tensor,
+    name: str,
+) -> tuple[str, str]:
+    """The schedule to use and why that one, for ``size`` bytes of dense gradient per worker.
+
+    All workers call this together, with every worker's host; ``name`` is a prefix for the names of
+    collectives.
+    """
+    if isinstance(wanted, str) and wanted in SCHEDULES:
+        return wanted, "asked for"
+    workers, per_host = collectives.size, max(Counter(hosts).values())
+    approximate = wanted == "fast"
+    if isinstance(wanted, Network):
+        rates, approximate = Rates.of(wanted, workers, per_host), wanted.approximate
+    elif workers == 1 or size < MEASURED_FROM:
+        rates = Rates.of(Network(), workers, per_host)
+    else:
+        rates = measured_rates(collectives, hosts, reference, f"{name}.calibration")
+    return choose(rates, size, bucket_bytes, gramian=aggregator.needs_gramian, approximate=approximate)
 
 
 def unscale(grad_scaler: Any, reference: Tensor) -> Tensor | float:

@@ -1,90 +1,174 @@
 """What a schedule costs on a given cluster, and which one ``schedule="auto"`` takes.
 
-A collective is modelled as a number of latencies plus the bytes that the busiest network card has
-to send, over its bandwidth. For N workers on hosts with L workers each, with b bytes of gradient
-per worker, a card sends, in units of b (all for large N; the code has the exact terms):
-
-* allreduce: 2. However many workers share the host, a ring crosses each card once per direction.
-* alltoall: L. Each of the host's L workers sends nearly all it has elsewhere.
-* allgather: 1 for the result, which crosses each card once; N for everything.
-
-Then there is the arithmetic, which reads what has arrived from memory: about two gradients' worth
-per worker, but N with ``gather``, where every worker does the work of all. The constants are those
-of a modest machine; what matters is their ratio.
+The time of a step's collectives is put together from the *rates* of a cluster: how long one
+collective of each kind takes, by the size of its message, and how fast what arrives is read. Rates
+are measured by :mod:`adacons_hvd.calibration`, or computed by :meth:`Rates.of` from the figures of
+a cluster that is not at hand. ``docs/schedules.md`` derives the formulas and compares what they
+predict with what was measured.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, Sketch
 
-__all__ = ["Topology", "choose", "predict"]
+__all__ = ["Curve", "Network", "Rates", "choose", "predict"]
 
 
 @dataclass(frozen=True)
-class Topology:
-    """The cluster as the cost model sees it."""
+class Network:
+    """The figures of a cluster. Pass one as ``schedule=`` to choose by it instead of measuring.
 
-    workers: int
-    #: The most workers on any one host.
-    per_host: int = 1
+    >>> Network(bandwidth=50e9, latency=20e-6).bandwidth  # a 400 Gbit/s card in every host
+    50000000000.0
+    """
+
+    #: Bytes a second through one host's card, in each direction: 10 Gbit/s.
+    bandwidth: float = 1.25e9
     #: Seconds one collective takes at least. Horovod wakes up once a millisecond by default.
     latency: float = 1e-3
-    #: Bytes a second through one host's card: 10 Gbit/s.
-    bandwidth: float = 1.25e9
-    #: Bytes a second that the workers of one host together move through its memory.
+    #: Seconds that each message between two workers costs its sender, beside its bytes.
+    message: float = 2e-6
+    #: Bytes a second that one worker reads from memory while all others of its host do.
     memory_bandwidth: float = 4e9
-
-    @property
-    def one_host(self) -> bool:
-        return self.per_host >= self.workers
-
-    def __str__(self) -> str:
-        hosts = -(-self.workers // self.per_host)
-        return f"{self.workers} workers on {hosts} host{'s' if hosts > 1 else ''}"
+    #: Whether schedules whose statistics are not exact may be chosen, as by ``schedule="fast"``.
+    approximate: bool = False
 
 
-def predict(schedule: str, topology: Topology, size: float) -> float:
-    """Seconds one step's collectives take to move ``size`` bytes of gradient per worker.
+@dataclass(frozen=True)
+class Curve:
+    """Seconds by bytes, known at a few sizes; straight lines between them, in proportion beyond.
 
-    >>> slow = Topology(workers=8, per_host=1, bandwidth=1.25e8)
-    >>> predict("two-pass", slow, 16e6) / predict("one-pass", slow, 16e6) > 1.9
+    >>> curve = Curve(((100, 1.0), (1000, 2.0)))
+    >>> curve(10), curve(550), curve(2000)
+    (1.0, 1.5, 4.0)
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __call__(self, size: float) -> float:
+        # More takes no less, whatever a noisy machine made of it.
+        longest, known = 0.0, []
+        for x, y in self.points:
+            longest = max(longest, y)
+            known.append((x, longest))
+        if size <= known[0][0]:
+            return known[0][1]
+        for (x0, y0), (x1, y1) in pairwise(known):
+            if size <= x1:
+                return y0 + (size - x0) * (y1 - y0) / (x1 - x0)
+        x, y = known[-1]
+        return y * size / x
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How long things take on one cluster."""
+
+    workers: int
+    #: By the bytes of one worker's message.
+    allreduce: Curve
+    #: The same in half precision.
+    half: Curve
+    alltoall: Curve
+    #: By the bytes of the result, all workers' parts together.
+    allgather: Curve
+    #: Seconds a byte: all workers look at or combine the rows of what arrived, or look at and scale
+    #: their own gradient, at the same time.
+    look: float
+    combine: float
+    own: float
+    #: Where the figures are from.
+    source: str
+
+    @classmethod
+    def of(cls, network: Network, workers: int, per_host: int) -> Rates:
+        """The rates of ``workers`` on hosts with ``per_host`` each, by the figures of the network.
+
+        A card sends, in units of the message: for an allreduce 2, because a ring crosses each card
+        once per direction and round, however many workers share it; for an alltoall L, because each
+        of the host's L workers sends nearly all it has elsewhere; for an allgather 1. (All for
+        large N; below are the exact terms.) On a single host everything goes through memory. An
+        alltoall and an allgather are N - 1 messages per worker; an allreduce is taken to be as
+        clever as a tree about small ones.
+        """
+        n, local = workers, min(per_host, workers)
+        outside = (n - local) / max(n - 1, 1)
+        ring = (n - 1) / n
+        bandwidth = network.bandwidth
+        allreduce, alltoall, allgather = 2 * ring, local * ring * outside, ring
+        if local == n:
+            bandwidth = network.memory_bandwidth
+            allreduce, alltoall, allgather = 2 * ring, ring, ring
+
+        def line(volume: float, messages: float) -> Curve:
+            start = network.latency + messages * network.message
+            return Curve(((0.0, start), (1e15, start + volume * 1e15 / bandwidth)))
+
+        reduced = line(allreduce, 2 * math.log2(max(n, 1)))
+        byte = 1 / network.memory_bandwidth
+        hosts = -(-workers // per_host)
+        source = f"{workers} workers on {hosts} host{'s' if hosts > 1 else ''}"
+        return cls(n, reduced, reduced, line(alltoall, n - 1), line(allgather, n - 1), byte, byte, 2 * byte, source)
+
+
+def predict(schedule: str, rates: Rates, size: float, bucket: float = float("inf")) -> float:
+    """Seconds one step's collectives and arithmetic take for ``size`` bytes of float32 gradient per
+    worker, sent in messages of ``bucket`` bytes.
+
+    >>> slow = Rates.of(Network(bandwidth=1.25e8), workers=8, per_host=1)
+    >>> predict("two-pass", slow, 64e6) / predict("one-pass", slow, 64e6) > 1.9
     True
     """
-    n, local = topology.workers, min(topology.per_host, topology.workers)
-    # The share of what a worker sends to all others that leaves the host.
-    outside = (n - local) / max(n - 1, 1)
-    ring = (n - 1) / n
-    allreduce, alltoall, result, everything = 2 * ring, local * ring * outside, ring, n - 1.0
-    bandwidth = topology.bandwidth
-    if topology.one_host:
-        # Nothing leaves the host, and all its workers share the memory.
-        bandwidth = topology.memory_bandwidth
-        allreduce, alltoall, result, everything = (n * volume for volume in (2 * ring, ring, ring, n - 1.0))
-    rounds, volume, read = {
-        "two-pass": (3, 2 * allreduce, 2.0),
-        "one-pass": (3, alltoall + result, 1.5),
-        "gather": (1, everything, float(n)),
-    }[schedule]
-    moving = volume * size / bandwidth
-    computing = local * read * size / topology.memory_bandwidth
-    return rounds * topology.latency + moving + computing
+
+    def sent(curve: Callable[[float], float], factor: float) -> float:
+        if size <= bucket:
+            return curve(size * factor)
+        whole, rest = divmod(size, bucket)
+        return whole * curve(bucket * factor) + (curve(rest * factor) if rest else 0.0)
+
+    n = rates.workers
+    table = rates.allreduce(16.0 * n)
+    second = sent(rates.allreduce, 1) + table + rates.own * size
+    if schedule == "two-pass":
+        return sent(rates.allreduce, 1) + second
+    if schedule == "half":
+        return sent(rates.half, 0.5) + second + rates.own / 2 * size
+    if schedule == "sketch":
+        part = max(1 / Sketch.FRACTION, min(1.0, 4.0 * Sketch.PER_WORKER * n / max(size, 1.0)))
+        return sent(rates.allreduce, part) + second + rates.own / 2 * size
+    if schedule == "one-pass":
+        arithmetic = (rates.look + rates.combine) * size
+        return sent(rates.alltoall, 1) + table + sent(rates.allgather, 1) + arithmetic
+    if schedule == "gather":
+        return sent(rates.allgather, n) + (rates.look + rates.combine) * n * size
+    raise ValueError(f"there is no cost formula for schedule {schedule!r}")
 
 
-def choose(topology: Topology, size: float, gramian: bool = False) -> tuple[str, str]:
-    """The cheapest exact schedule, and the reason in words.
+def choose(
+    rates: Rates, size: float, bucket: float = float("inf"), *, gramian: bool = False, approximate: bool = False
+) -> tuple[str, str]:
+    """The cheapest schedule, and the reason in words.
 
-    >>> choose(Topology(workers=8, per_host=1), 100e6)[0]
+    >>> choose(Rates.of(Network(), workers=8, per_host=1), 100e6)[0]
     'one-pass'
-    >>> choose(Topology(workers=64, per_host=8), 100e6)[0]
+    >>> choose(Rates.of(Network(), workers=64, per_host=8), 100e6)[0]
     'two-pass'
-    >>> choose(Topology(workers=4, per_host=4), 40e3)[0]
+    >>> choose(Rates.of(Network(), workers=64, per_host=8), 100e6, approximate=True)[0]
+    'sketch'
+    >>> choose(Rates.of(Network(), workers=4, per_host=4), 40e3)[0]
     'gather'
     """
-    names = [name for name, cls in SCHEDULES.items() if cls.gives_gramian or not gramian]
-    costs = {name: predict(name, topology, size) for name in names}
+    names = [
+        name for name, cls in SCHEDULES.items() if (cls.exact or approximate) and (cls.gives_gramian or not gramian)
+    ]
+    costs = {name: predict(name, rates, size, bucket) for name in names}
     best = min(costs, key=lambda name: costs[name])
     others = ", ".join(f"{name} {costs[name] * 1e3:.3g} ms" for name in costs if name != best)
-    reason = f"auto: for {size / 1e6:.3g} MB and {topology}, {best} should take {costs[best] * 1e3:.3g} ms ({others})"
-    return best, reason
+    mode = "fast" if approximate else "auto"
+    what = f"{size / 1e6:.3g} MB and {rates.source}"
+    return best, f"{mode}: for {what}, {best} should take {costs[best] * 1e3:.3g} ms ({others})"

@@ -439,3 +439,14 @@ def test_an_aggregator_without_weights_says_so():
 def test_a_thousand_simulated_workers():
     g = gradients(0, workers=1024, length=64)
     assert error([AdaCons()(g).numpy()], [Oracle()(list(g.numpy()))]) < 1e-10
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_one_worker_alone_fills_the_whole_curve(workers):
+    """The others are excluded; nothing of theirs may enter the momentum."""
+    g = torch.full((workers, 4), float("nan"), dtype=torch.float64)
+    g[1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    aggregator = AdaCons(momentum=0.9, nonfinite="exclude")
+    for _ in range(3):
+        assert torch.allclose(aggregator(g), g[1] / g[1].norm())
+        assert torch.allclose(aggregator.state_dict()["curve"], g[1].norm().expand(workers))

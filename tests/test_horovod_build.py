@@ -443,7 +443,7 @@ def test_what_check_build_lists() -> None:
 
 def test_the_installed_horovod_is_complete() -> None:
     installed = recipe.installed_frameworks()
-    answer = proof.check_build(proof._environment(None))
+    answer = proof.check_build(proof.rank_environment(None))
     proof.compare(Recipe(installed), answer)
     if "+cpu" in recipe.framework_version("torch"):
         with pytest.raises(BuildError, match="does not list NCCL"):

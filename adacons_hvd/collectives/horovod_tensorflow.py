@@ -36,7 +36,7 @@ class HorovodTensorFlow:
         self.rank: int = process_set.rank()
         self._dense = dense
         self._sparse = sparse
-        self._received: list[tf.Tensor] = []
+        self._received: list[tf.Tensor] = []  # in the graph that is being made
         with tf.init_scope(), tf.device("cpu"):
             self._zero = make_variable(tf.constant([0]))
 
@@ -68,7 +68,8 @@ class HorovodTensorFlow:
         if not self._received or tensor.shape.rank != 1:
             return tensor
         zero = self._zero.read_value()
-        for received in self._received:
+        graph = tf.compat.v1.get_default_graph()
+        for received in (tensor for tensor in self._received if tensor.graph is graph):
             zero = zero * (1 + tf.cast(tf.equal(received[:1], 1), tf.int32))
         self._received = []
         return tf.ensure_shape(tf.slice(tensor, zero, [-1]), tensor.shape)

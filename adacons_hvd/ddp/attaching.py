@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..aggregators import Aggregator
 from ..binding import STATE_KEY, check_aggregator, check_granularity
+from ..costs import Network
 from .reducer import Reducer, Settings
 
 __all__ = ["attach"]
@@ -22,7 +23,7 @@ def attach(
     optimizer: torch.optim.Optimizer,
     aggregator: Aggregator | None,
     *,
-    schedule: str = "auto",
+    schedule: str | Network = "auto",
     granularity: str | Sequence[Sequence[torch.Tensor]] = "model",
     grad_scaler: Any = None,
 ) -> None:
@@ -37,8 +38,10 @@ def attach(
         optimizer: an optimizer of its parameters. Whatever its kind, it is only told what happens.
         aggregator: for example ``AdaCons()``. With None, DDP averages as ever; a rank that has
             None while others have an aggregator is told so, and they are too.
-        schedule: how gradients move: ``"two-pass"``, ``"one-pass"``, ``"gather"`` or ``"auto"``,
-            which picks the cheapest for the cluster and the model. The result is the same.
+        schedule: how gradients move. ``"auto"`` takes the cheapest of ``"two-pass"``,
+            ``"one-pass"`` and ``"gather"``, whose result is the same; ``"fast"`` may also take
+            ``"half"`` or ``"sketch"``, whose weights are nearly so. Both measure what the cluster
+            can do; a :class:`adacons_hvd.costs.Network` in their place gives figures to go by.
         granularity: which parameters share one weight per worker: ``"model"`` (all, as in the
             paper), ``"layer"`` (every tensor has its own), or lists of parameters (those in no
             list form one more group).

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from ..ops import ops_for
-from ..schedules import Bucket, DenseBucket, Schedule, Segment, SparseBucket
+from ..schedules import Bucket, DenseBucket, Schedule, SparseBucket
+from ..torch_gradients import numbers, real, rows_and_values, segments, sparse_gradient
 
 __all__ = ["DensePart", "Part", "SparsePart"]
 
@@ -60,7 +61,7 @@ class DensePart(Part):
         schedule: Schedule,
     ) -> None:
         super().__init__(name, gradient, parameters, groups, schedule)
-        flat = _real(gradient)
+        flat = real(gradient).view(-1)
         self.length = flat.numel()
         self.padded: torch.Tensor | None = None
         if not self.length:
@@ -70,13 +71,14 @@ class DensePart(Part):
         if self.length % workers:
             self.padded = flat.new_zeros(-(-self.length // workers) * workers)
         buffer = flat if self.padded is None else self.padded
-        self.bucket = DenseBucket(name, buffer, _segments(parameters, groups), schedule)
+        parts = zip(map(numbers, parameters), groups, strict=True)
+        self.bucket = DenseBucket(name, buffer, segments(parts), schedule)
 
     def load(self, gradient: torch.Tensor) -> None:
         self._gradient = gradient
         if self.bucket is None:
             return
-        flat = _real(gradient)
+        flat = real(gradient).view(-1)
         if self.padded is None:
             self.bucket.buffer = flat
         else:
@@ -112,39 +114,11 @@ class SparsePart(Part):
         self.bucket = SparseBucket(name, None, None, group, schedule.collectives)
 
     def load(self, gradient: torch.Tensor) -> None:
-        # Repeated rows must be added up before they are squared.
-        gradient = gradient.coalesce()
-        values = gradient.values()
-        self.bucket.rows = gradient.indices()[0]
-        self.bucket.values = values.reshape(len(values), -1)
+        self.bucket.rows, self.bucket.values = rows_and_values(gradient)
 
     def result(self) -> torch.Tensor:
         (parameter,) = self.parameters
-        rows, values = self.bucket.rows, self.bucket.values
-        return torch.sparse_coo_tensor(
-            rows[None],
-            values.reshape(-1, *parameter.shape[1:]),
-            parameter.shape,
-            is_coalesced=True,
-            check_invariants=False,
-        )
-
-
-def _segments(parameters: Sequence[torch.Tensor], groups: Sequence[int]) -> list[Segment]:
-    segments: list[Segment] = []
-    stop = 0
-    for parameter, group in zip(parameters, groups, strict=True):
-        start, stop = stop, stop + parameter.numel() * (2 if parameter.is_complex() else 1)
-        if segments and segments[-1].group == group:
-            segments[-1] = segments[-1]._replace(stop=stop)
-        else:
-            segments.append(Segment(start, stop, group))
-    return segments
-
-
-def _real(gradient: torch.Tensor) -> torch.Tensor:
-    """A flat tensor's real numbers, in place."""
-    return torch.view_as_real(gradient).view(-1) if gradient.is_complex() else gradient
+        return sparse_gradient(self.bucket.rows, self.bucket.values, parameter)
 
 
 def _kind(gradient: torch.Tensor) -> tuple[torch.layout, torch.dtype, torch.device, int]:

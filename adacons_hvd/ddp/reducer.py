@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,19 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator
-from ..binding import State, choose_schedule, group_parameters, unscale
+from ..binding import BUCKET_BYTES, State, choose_schedule, group_parameters, unscale
 from ..collectives import host_name
 from ..collectives.distributed import TorchDistributed
-from ..costs import Topology
+from ..costs import Network
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from .parts import DensePart, Part, SparsePart
 
 __all__ = ["Reducer", "Settings"]
-
-#: Seconds one collective takes at least, for the cost model. Horovod wakes up once a millisecond;
-#: torch.distributed starts at once.
-LATENCY = 2e-4
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Settings:
     """What the user asked for; see ``attach``."""
 
     aggregator: Aggregator | None
-    schedule: str
+    schedule: str | Network
     granularity: str | Sequence[Sequence[torch.Tensor]]
     grad_scaler: Any
 
@@ -77,8 +72,16 @@ class Reducer:
             return
         sparse = _sparse(model)
         size = sum(p.numel() * p.element_size() for p in names if p not in sparse)
-        topology = Topology(self._collectives.size, max(Counter(hosts).values()), latency=LATENCY)
-        self._schedule_name, self._reason = choose_schedule(settings.schedule, settings.aggregator, size, topology)
+        self._schedule_name, self._reason = choose_schedule(
+            settings.schedule,
+            settings.aggregator,
+            self._collectives,
+            hosts,
+            size,
+            BUCKET_BYTES,
+            torch.empty((), device=device),
+            "adacons",
+        )
         self._schedule = SCHEDULES[self._schedule_name](self._collectives)
         self._step = Step(self._collectives, settings.aggregator, self._groups, "adacons")
 
@@ -104,7 +107,7 @@ class Reducer:
         return {
             "adacons_hvd": __version__,
             "aggregator": "None (DDP's own average)" if aggregator is None else repr(aggregator),
-            "schedule": settings.schedule,
+            "schedule": str(settings.schedule),
             "granularity": granularity if isinstance(granularity, str) else "explicit groups",
             "grad_scaler": settings.grad_scaler is not None,
             "parameters": [

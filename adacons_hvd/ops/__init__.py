@@ -27,8 +27,14 @@ __all__ = ["Tensor", "ops_for"]
 #: A tensor of any supported framework. The mathematics only uses operators and :func:`ops_for`.
 Tensor = Any
 
+#: An angle whose multiples are spread over the circle: the source of signs that change every step.
+TURN = 2.399963229728653
+
 # Framework -> the name its tensors' classes carry in ``type(x).__module__``.
 _FRAMEWORKS = ("torch", "tensorflow")
+
+# Looked up for every operation, so what was found is kept.
+_known: dict[type, ModuleType] = {}
 
 
 def ops_for(tensor: Tensor) -> ModuleType:
@@ -38,13 +44,16 @@ def ops_for(tensor: Tensor) -> ModuleType:
     >>> ops_for(torch.ones(3)).__name__
     'adacons_hvd.ops.torch'
     """
+    known = _known.get(type(tensor))
+    if known is not None:
+        return known
     for name in _FRAMEWORKS:
         framework = sys.modules.get(name)
         if framework is None:
             continue
         ops = importlib.import_module(f"{__name__}.{name}")
         if ops.owns(tensor):
-            return ops
+            return _known.setdefault(type(tensor), ops)
     raise TypeError(
         f"expected a PyTorch or TensorFlow tensor, got {type(tensor).__module__}."
         f"{type(tensor).__qualname__}; convert it first, for example with torch.as_tensor(...)"

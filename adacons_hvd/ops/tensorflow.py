@@ -8,10 +8,13 @@ rows of a sparse gradient is free to differ from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
+
+from . import TURN
 
 # Elements handled at a time by the large operations: a block is read from memory once and then
 # used from cache, and block results are added in float64, so that sums over millions of elements
@@ -139,12 +142,23 @@ def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
 # --- large operations -----------------------------------------------------------------------
 
 
+def compiled(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
+    """``function`` in the form in which it runs in training: a graph."""
+    graph: Callable[[tf.Tensor], tf.Tensor] = tf.function(function, autograph=False)
+    return graph
+
+
+def gradient(x: tf.Tensor, half: bool = False) -> tf.Tensor:
+    """``x`` in an element type that gradients have."""
+    return tf.cast(x, tf.float16 if half else tf.float32)
+
+
 def is_half(x: tf.Tensor) -> bool:
     """Whether the element type has too little range for sums and for unit-length results."""
     return bool(x.dtype == tf.float16)
 
 
-def room(x: tf.Tensor, length: int) -> tf.Tensor | None:
+def room(x: tf.Tensor, length: int, half: bool) -> tf.Tensor | None:
     """Memory for a flat result: none, because TensorFlow plans memory by itself."""
     return None
 
@@ -257,6 +271,56 @@ def scale_segments(buffer: tf.Tensor, pieces: Sequence[tuple[int, int, tf.Tensor
         part = _working(buffer[start:stop])
         scaled.append((start, stop, tf.cast(part * tf.cast(weight, part.dtype), buffer.dtype)))
     return _assemble(buffer.shape[0], buffer.dtype, scaled)
+
+
+def narrow_segments(
+    buffer: tf.Tensor,
+    pieces: Sequence[tuple[int, int, tf.Tensor]],
+    out: tf.Tensor | None,
+) -> tf.Tensor:
+    """``buffer`` times a 0-dimensional factor for each ``(start, stop, factor)``, in half precision."""
+    narrow = []
+    for start, stop, factor in pieces:
+        part = _working(buffer[start:stop])
+        narrow.append((start, stop, tf.cast(part * tf.cast(factor, part.dtype), tf.float16)))
+    return _assemble(buffer.shape[0], tf.float16, narrow)
+
+
+def signs(length: int, known: tf.Tensor | None, reference: tf.Tensor) -> tf.Tensor:
+    """Random signs, the same everywhere and always; ``known`` if those are already."""
+    if known is not None:
+        return known
+    draws = tf.io.decode_raw(tf.constant(random.Random(0).randbytes(length)), tf.uint8)
+    return tf.cast(tf.bitwise.bitwise_and(draws, 1), _working(reference).dtype) * 2 - 1
+
+
+def sketch_segments(
+    buffer: tf.Tensor,
+    segments: Sequence[tuple[int, int, int]],
+    lengths: Sequence[int],
+    signs: tf.Tensor,
+    stride: int,
+    step: tf.Tensor,
+    out: tf.Tensor | None,
+) -> tf.Tensor:
+    """Each segment's pieces of the length given, added up with random signs; side by side."""
+    results = []
+    for (start, stop, _), length in zip(segments, lengths, strict=True):
+        count = -(-(stop - start) // length)
+        flips = tf.cast(_flips(step, count), signs.dtype)
+        pieces = []
+        for piece in range(count):
+            part = _working(buffer[start + piece * length : min(start + (piece + 1) * length, stop)])
+            part = part * signs[piece * stride : piece * stride + part.shape[0]] * flips[piece]
+            pieces.append(tf.pad(part, [[0, length - part.shape[0]]]))
+        results.append(add_n(pieces))
+    return tf.concat(results, 0)
+
+
+def _flips(step: tf.Tensor, count: int) -> tf.Tensor:
+    """``count`` signs that are others in every step."""
+    turns = tf.range(1, count + 1, dtype=tf.float64) * TURN
+    return tf.where(tf.cos(turns * (step + 1) * (step + 2)) < 0, -tf.ones_like(turns), tf.ones_like(turns))
 
 
 def _assemble(length: int, dtype: tf.DType, pieces: Sequence[tuple[int, int, tf.Tensor]]) -> tf.Tensor:

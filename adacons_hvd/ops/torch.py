@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+
+from . import TURN
 
 # Elements handled at a time by the large operations. Each block is read from memory once and then
 # used from cache by everything that needs it, and block results are added in float64, so that
@@ -132,14 +135,24 @@ def reshape(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 # --- large operations -----------------------------------------------------------------------
 
 
+def compiled(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``function`` in the form in which it runs in training: as it is."""
+    return function
+
+
+def gradient(x: torch.Tensor, half: bool = False) -> torch.Tensor:
+    """``x`` in an element type that gradients have."""
+    return x.half() if half else x.float()
+
+
 def is_half(x: torch.Tensor) -> bool:
     """Whether the element type has too little range for sums and for unit-length results."""
     return x.dtype == torch.float16
 
 
-def room(x: torch.Tensor, length: int) -> torch.Tensor | None:
-    """Memory for a flat result of ``x``'s type, to be used again in every step."""
-    return x.new_empty(length)
+def room(x: torch.Tensor, length: int, half: bool) -> torch.Tensor | None:
+    """Memory for a flat result of ``x``'s type, or a half-precision one, for use in every step."""
+    return x.new_zeros(length, dtype=torch.float16 if half else x.dtype)
 
 
 def blank_unless(condition: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -234,6 +247,60 @@ def scale_segments(buffer: torch.Tensor, pieces: Sequence[tuple[int, int, torch.
             # The weight may be outside a half's range although the product is not.
             part.copy_(part.float() * weight.float())
     return buffer
+
+
+def narrow_segments(
+    buffer: torch.Tensor,
+    pieces: Sequence[tuple[int, int, torch.Tensor]],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """``buffer`` times a 0-dimensional factor for each ``(start, stop, factor)``, in half precision."""
+    for start, stop, factor in pieces:
+        part = _working(buffer[start:stop])
+        for block in _blocks(part.numel(), 2, buffer.device):
+            out[start:stop][block].copy_(part[block] * factor.to(part.dtype))
+    return out
+
+
+def signs(length: int, known: torch.Tensor | None, reference: torch.Tensor) -> torch.Tensor:
+    """Random signs, the same everywhere and always; ``known`` if those are already."""
+    if known is not None:
+        return known
+    draws = torch.frombuffer(bytearray(random.Random(0).randbytes(length)), dtype=torch.uint8)
+    return ((draws & 1).to(_working(reference).dtype) * 2 - 1).to(reference.device)
+
+
+def sketch_segments(
+    buffer: torch.Tensor,
+    segments: Sequence[tuple[int, int, int]],
+    lengths: Sequence[int],
+    signs: torch.Tensor,
+    stride: int,
+    step: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Each segment's pieces of the length given, added up with random signs; side by side."""
+    position = 0
+    for (start, stop, _), length in zip(segments, lengths, strict=True):
+        count = -(-(stop - start) // length)
+        flips = _flips(step, count).to(signs.dtype)
+        result = out[position : position + length]
+        position += length
+        # The last piece may be shorter: one element less in each of the columns it lacks.
+        short = stop - start - (count - 1) * length
+        for first, width, pieces in ((0, short, count), (short, length - short, count - 1)):
+            for block in _blocks(width, max(pieces, 1), buffer.device):
+                column, shape = first + block.start, (pieces, block.stop - block.start)
+                part = buffer.as_strided(shape, (length, 1), buffer.storage_offset() + start + column)
+                varied = _working(part) * signs.as_strided(shape, (stride, 1), column)
+                torch.mv(varied.T, flips[:pieces], out=result[column : column + shape[1]])
+    return out
+
+
+def _flips(step: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` signs that are others in every step, found without asking the device for it."""
+    turns = torch.arange(1, count + 1, dtype=torch.float64, device=step.device) * TURN
+    return torch.where(torch.cos(turns * (step + 1) * (step + 2)) < 0, -1.0, 1.0)
 
 
 # --- sparse operations ----------------------------------------------------------------------

@@ -7,9 +7,17 @@ from importlib import import_module as _import_module
 
 from horovod.tensorflow import *  # noqa: F403
 
+from .joining import join as join
 from .optimizer import DistributedOptimizer as DistributedOptimizer
 from .tape import DistributedGradientTape as DistributedGradientTape
 from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape
+from .tape import TapeState as TapeState
 
-# Horovod's module of this name is here already, and would be what `from . import` finds.
-elastic = _import_module(".elastic", __name__)
+del globals()["elastic"]  # Horovod's
+
+
+def __getattr__(name: str) -> object:
+    # Ours imports Keras, which not everyone needs.
+    if name in ("elastic", "keras"):
+        return _import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,35 +44,16 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     which explains the arguments. One of TensorFlow 1 is wrapped by Horovod, and there is no
     aggregator for it.
     """
-    shared = {
-        "name": name,
-        "device_dense": device_dense,
-        "device_sparse": device_sparse,
-        "compression": compression,
-        "sparse_as_dense": sparse_as_dense,
-        "backward_passes_per_step": backward_passes_per_step,
-        "op": op,
-        "gradient_predivide_factor": gradient_predivide_factor,
-        "average_aggregated_gradients": average_aggregated_gradients,
-        "num_groups": num_groups,
-        "groups": groups,
-        "process_set": process_set,
-        "scale_local_gradients": scale_local_gradients,
-    }
+    arguments = dict(locals())
     if isinstance(optimizer, tf.compat.v1.train.Optimizer):
         if aggregator is not None:
             raise TypeError(
                 "an aggregator works with optimizers of Keras, not with tf.compat.v1.train's; "
                 "for those, take gradients from a DistributedGradientTape"
             )
-        return hvd.DistributedOptimizer(optimizer, use_locking=use_locking, **shared)
+        ours = ("aggregator", "schedule", "granularity", "bucket_bytes")
+        return hvd.DistributedOptimizer(**{name: value for name, value in arguments.items() if name not in ours})
     from . import keras
 
-    return keras.DistributedOptimizer(
-        optimizer,
-        aggregator=aggregator,
-        schedule=schedule,
-        granularity=granularity,
-        bucket_bytes=bucket_bytes,
-        **shared,
-    )
+    del arguments["use_locking"]
+    return keras.DistributedOptimizer(**arguments)

@@ -52,6 +52,10 @@ class Slot:
         """The gradient in the form all ranks agreed on; zeros where this rank has none."""
         if self.sparse:
             return self._as_slices(gradient)
+        return self.dense(gradient)
+
+    def dense(self, gradient: Gradient | None) -> tf.Tensor:
+        """The gradient in full length."""
         if gradient is None:
             return tf.zeros(self.shape, self.dtype)
         return tf.ensure_shape(tf.convert_to_tensor(gradient), self.shape)

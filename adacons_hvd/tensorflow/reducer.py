@@ -12,17 +12,25 @@ step and knows no Python values. So the work is divided:
   the same layout before anything else is sent. It depends on nothing, so it is over before backward
   is. Should one rank have changed what it trains and the others not, this is where all find out.
 
-What an aggregator remembers is in ``tf.Variable`` and assigned in the graph. In eager mode the
-same graph is traced once and called.
+The same sum tells who has left with ``hvd.join()``. After that Horovod only adds, so the graph
+holds a second way through the step, by sums alone, and takes it among those who are still here.
+
+What an aggregator remembers is in ``tf.Variable`` and assigned in the graph. It must be the same on
+every rank, and there are innocent ways to make it differ: a rank that left early has missed steps;
+only rank 0 has restored a checkpoint. So the sum also tells how many steps each rank remembers, and
+if those differ, all take up what the one with the most does. In eager mode the same graph is traced
+once and called.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
+import weakref
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -37,7 +45,7 @@ from ..aggregators import Aggregator, Decision, Memory, Statistics, pack_memory,
 from ..binding import BUCKET_BYTES, choose_schedule, group_parameters
 from ..collectives import host_name
 from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_variable
-from ..costs import Topology
+from ..costs import Network
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from .packing import Gradient, Parcel, Slot, plan
@@ -57,7 +65,7 @@ class Settings:
     """What the user asked for; see ``DistributedOptimizer``."""
 
     aggregator: Aggregator | None
-    schedule: str = "auto"
+    schedule: str | Network = "auto"
     granularity: str | Sequence[Sequence[Any]] = "model"
     compression: Any = None
     gradient_predivide_factor: float = 1.0
@@ -75,6 +83,8 @@ class Settings:
 # of their first step.
 _numbers: Counter[int] = Counter()
 
+_reducers: weakref.WeakSet[Reducer] = weakref.WeakSet()
+
 
 def _take_number(process_set: ProcessSet) -> int:
     number = _numbers[process_set.process_set_id]
@@ -82,9 +92,11 @@ def _take_number(process_set: ProcessSet) -> int:
     return number
 
 
-def forget_numbers() -> None:
-    """Number from 0 again: after an elastic reset some ranks are new and know no numbers yet."""
+def start_over() -> None:
+    """Agree anew and number from 0: after an elastic reset some ranks are new and know nothing yet."""
     _numbers.clear()
+    for reducer in list(_reducers):
+        reducer.reset()
 
 
 def native(variable: Any) -> Any:
@@ -107,13 +119,18 @@ class Layout:
     #: Indices of slots for which some rank had a gradient.
     active: list[int]
     parcels: list[Parcel]
-    groups: int
+    #: The parcels for when a rank has joined; None if ``parcels`` need only sums anyway.
+    apart: list[Parcel] | None
+    #: What tells the groups of parameters apart, one label each.
+    labels: tuple[Hashable, ...]
     schedule: str
     reason: str
     digest: int
-    #: ``[N, 4]`` int64 with this rank's row of the flags. A variable, because TensorFlow would
-    #: evaluate a collective of constants once and for all.
+    #: ``[N, 4]`` int64 with this rank's row of the flags: here, laying out anew, steps, digest. A
+    #: variable, because TensorFlow would evaluate a collective of constants once and for all.
     flags: tf.Variable
+    #: What the aggregator remembers of these groups.
+    memory: dict[str, tf.Variable]
     compiled: Any = None
 
 
@@ -136,16 +153,17 @@ class Reducer:
     """See the module docstring. One per optimizer, or per set of parameters of a tape."""
 
     def __init__(self, settings: Settings) -> None:
+        _reducers.add(self)
         self.settings = settings
         self._collectives: HorovodTensorFlow | None = None
         self._number: int | None = None
         self._loss_scaling = False
         self._layouts: dict[Hashable, Layout] = {}
         self._last: Layout | None = None
-        #: What the aggregator remembers, and for how many workers.
-        self.memory: dict[str, tf.Variable] = {}
-        self._loaded: Memory = {}
-        self._memory_workers = 0
+        # What the aggregator remembers, by the labels of its groups.
+        self._memories: dict[tuple[Hashable, ...], dict[str, tf.Variable]] = {}
+        # The same and for how many workers, from a checkpoint or before a reset, until the next layout.
+        self._loaded: tuple[Memory, int] | None = None
         self._seen: dict[str, tf.Variable] = {}
 
     # --- every step -----------------------------------------------------------------------------
@@ -181,8 +199,14 @@ class Reducer:
         """What comes before the first collective, whichever that is."""
         if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
             raise RuntimeError(NO_XLA)
-        if self._collectives is None or self._collectives.size != self.settings.process_set.size():
-            self._connect()  # the first step, or an elastic job has changed its size
+        if self._collectives is not None and self._collectives.size != self.settings.process_set.size():
+            number = self._number
+            with tf.init_scope():
+                self.reset()  # an elastic job has changed its size
+            self._number = number
+        if self._collectives is None:
+            settings = self.settings
+            self._collectives = HorovodTensorFlow(settings.process_set, settings.device_dense, settings.device_sparse)
         if self._number is None:
             self._number = _take_number(self.settings.process_set)
         self._loss_scaling |= loss_scaling
@@ -207,36 +231,73 @@ class Reducer:
     def _run(self, layout: Layout, unscale: tf.Tensor, gradients: list[Gradient]) -> list[Gradient]:
         """Add one step's operations to the graph."""
         assert self._collectives is not None
-        self._collectives.start()
-        with tf.control_dependencies([self._still_agreed(layout)]):
+        with tf.device("cpu"):
+            flags = self._flags(layout)
+            all_here = tf.reduce_all(flags[:, 0] == 1)
+        with tf.control_dependencies([self._still_agreed(layout, flags)]):
             # Nothing is sent before ranks know that they send the same.
-            gradients = [tf.nest.map_structure(tf.identity, g, expand_composites=True) for g in gradients]
+            gradients = _identities(gradients)
         if self.settings.aggregator is None:
-            return self._average(layout, gradients)
-        schedule = SCHEDULES[layout.schedule](self._collectives, self.settings.gradient_predivide_factor)
-        by_index = dict(zip(layout.active, gradients, strict=True))
-        buckets = [parcel.pack(by_index, schedule) for parcel in layout.parcels]
-        step = _GraphStep(self._collectives, self.settings.aggregator, layout.groups, self.name)
-        step.checks = []
-        memory = {name: variable.read_value() for name, variable in self.memory.items()}
-        decision, statistics = step.run(buckets, memory, unscale)
-        results: dict[int, Gradient] = {}
-        with tf.control_dependencies(step.checks):
-            for parcel, bucket in zip(layout.parcels, buckets, strict=True):
-                results.update(parcel.unpack(bucket))
-            for name, value in decision.memory.items():
-                self.memory[name].assign(value)
-            self._remember(decision, statistics)
-            empty = {i: gradients[k] for k, i in enumerate(layout.active) if i not in results}
-            results = {
-                i: tf.nest.map_structure(tf.identity, g, expand_composites=True) for i, g in (results | empty).items()
-            }
-        return [results[i] for i in layout.active]
+            return self._average(layout, gradients, all_here)
+        memory = self._shared_memory(layout, flags)
 
-    def _average(self, layout: Layout, gradients: list[Gradient]) -> list[Gradient]:
+        def together() -> Any:
+            return self._step(layout, layout.parcels, layout.schedule, unscale, memory, gradients)
+
+        if layout.apart is None:
+            results, memory, seen = together()
+        else:
+            parcels = layout.apart
+
+            def apart() -> Any:
+                slots = [layout.slots[i] for i in layout.active]
+                dense = [slot.dense(gradient) for slot, gradient in zip(slots, gradients, strict=True)]
+                results, *rest = self._step(layout, parcels, _ONLY_SUMS, unscale, memory, dense)
+                return [slot.normal(result) for slot, result in zip(slots, results, strict=True)], *rest
+
+            results, memory, seen = tf.cond(all_here, together, apart)
+        for name, value in memory.items():
+            layout.memory[name].assign(value)
+        self._remember({**seen, "all here": all_here})
+        return list(results)
+
+    def _step(
+        self,
+        layout: Layout,
+        parcels: Sequence[Parcel],
+        schedule_name: str,
+        unscale: tf.Tensor,
+        memory: Memory,
+        gradients: Sequence[Gradient],
+    ) -> tuple[list[Gradient], Memory, dict[str, tf.Tensor]]:
+        """Aggregate: the results, what the aggregator remembers now, and what a report needs."""
+        assert self._collectives is not None
+        assert self.settings.aggregator is not None
+        self._collectives.start()
+        schedule = SCHEDULES[schedule_name](self._collectives, self.settings.gradient_predivide_factor)
+        by_index = dict(zip(layout.active, gradients, strict=True))
+        buckets = [parcel.pack(by_index, schedule) for parcel in parcels]
+        step = _GraphStep(self._collectives, self.settings.aggregator, len(layout.labels), self.name)
+        step.checks = []
+        decision, statistics = step.run(buckets, memory, unscale)
+        results = dict(by_index)  # what has no elements is in no parcel
+        with tf.control_dependencies(step.checks):
+            for parcel, bucket in zip(parcels, buckets, strict=True):
+                results.update(parcel.unpack(bucket))
+            found = _identities([results[i] for i in layout.active])
+        seen = {
+            "weights": decision.weights,
+            "fallback": decision.fallback,
+            "dots": statistics.dots,
+            "squares": statistics.squares,
+            "present": statistics.present,
+            **{f"stage {name}": value for name, value in decision.stages.items()},
+        }
+        return found, decision.memory, seen
+
+    def _average(self, layout: Layout, gradients: list[Gradient], all_here: tf.Tensor) -> list[Gradient]:
         """What Horovod does without an aggregator, by Horovod's own reduction."""
         settings = self.settings
-        assert self._collectives is not None
         factor = settings.gradient_predivide_factor if settings.op == hvd.Average else 1.0
         common = {
             "op": settings.op,
@@ -247,62 +308,96 @@ class Reducer:
             "ignore_name_scope": True,
             "device_dense": settings.device_dense,
         }
+        assert self._collectives is not None
         together = self._together([layout.slots[i] for i in layout.active])
         groups = {key: number for number, group in enumerate(together or ()) for key in group}
         results: dict[int, Gradient] = {}
         grouped: dict[int, list[tuple[int, Gradient]]] = {}
         for index, gradient in zip(layout.active, gradients, strict=True):
             slot = layout.slots[index]
-            name = f"{self.name}.{index}"
-            if isinstance(gradient, tf.Tensor):
-                gradient = self._collectives.anchored(gradient)
-            if isinstance(gradient, tf.IndexedSlices):
-                if settings.op not in (hvd.Average, hvd.Sum):
-                    raise NotImplementedError(
-                        f"{slot.name} has a sparse gradient, which only Average and Sum can reduce; "
-                        "pass sparse_as_dense=True"
-                    )
-                values = self._collectives.allgather_rows(gradient.values, f"{name}.values").wait()
-                if settings.op == hvd.Average:
-                    values = values / tf.cast(self._collectives.size, values.dtype)
-                rows = self._collectives.allgather_rows(gradient.indices, f"{name}.rows").wait()
-                results[index] = tf.IndexedSlices(values, rows, gradient.dense_shape)
-            elif slot.key in groups:
+            if slot.sparse:
+                results[index] = self._average_rows(slot, gradient, all_here)
+                continue
+            gradient = self._collectives.anchored(gradient)
+            if slot.key in groups:
                 grouped.setdefault(groups[slot.key], []).append((index, gradient))
             else:
-                results[index] = tf.ensure_shape(hvd.allreduce(gradient, name=name, **common), slot.shape)
+                reduced = hvd.allreduce(gradient, name=f"{self.name}.{index}", **common)
+                results[index] = tf.ensure_shape(reduced, slot.shape)
         for number, members in grouped.items():
             indices, tensors = zip(*members, strict=True)
             reduced = hvd.grouped_allreduce(list(tensors), name=f"{self.name}.group.{number}", **common)
             results.update(zip(indices, reduced, strict=True))
         return [results[i] for i in layout.active]
 
-    def _still_agreed(self, layout: Layout) -> tf.Operation:
-        """Fail, on every rank alike, unless all ranks are about to do the same."""
-        assert self._collectives is not None
-        with tf.device("cpu"):
-            seen = self._sum_flags(layout.flags.read_value())
-            same = (seen[:, 1] == 0) & (seen[:, 3] == layout.digest)
-            here = seen[:, 0] == 1
-            if self._survives_join(layout):
-                same = same | ~here
-                here = tf.ones_like(here)
-            changed = tf.reshape(tf.where(here & ~same), (-1,))
-            gone = tf.reshape(tf.where(~here), (-1,))
-            left = (
-                "a rank has called hvd.join(), after which Horovod only adds. Use "
-                'schedule="two-pass", which needs nothing else. Ranks that left: '
+    def _average_rows(self, slot: Slot, gradient: tf.IndexedSlices, all_here: tf.Tensor) -> tf.IndexedSlices:
+        """The average of a sparse gradient; in full length once a rank has joined."""
+        collectives, op = self._collectives, self.settings.op
+        assert collectives is not None
+        if op not in (hvd.Average, hvd.Sum):
+            raise NotImplementedError(
+                f"{slot.name} has a sparse gradient, which only Average and Sum can reduce; pass sparse_as_dense=True"
             )
-            checks = [
-                tf.debugging.Assert(tf.size(gone) == 0, [left, gone], summarize=-1),
-                tf.debugging.Assert(tf.size(changed) == 0, [_CHANGED, changed], summarize=-1),
-            ]
+        name = f"{self.name}.{slot.index}"
+
+        def together() -> tf.IndexedSlices:
+            values = collectives.allgather_rows(gradient.values, f"{name}.values").wait()
+            rows = collectives.allgather_rows(gradient.indices, f"{name}.rows").wait()
+            return tf.IndexedSlices(values, rows, tf.constant(slot.shape, tf.int64))
+
+        def apart() -> tf.IndexedSlices:
+            collectives.start()
+            return slot.normal(collectives.allreduce(slot.dense(gradient), f"{name}.sum").wait())
+
+        total = tf.cond(all_here, together, apart)
+        if op == hvd.Sum:
+            return total
+        values = total.values / tf.cast(collectives.size, total.values.dtype)
+        return tf.IndexedSlices(values, total.indices, total.dense_shape)
+
+    def _flags(self, layout: Layout) -> tf.Tensor:
+        """Every rank's row of the flags; zeros for those that have joined."""
+        table = layout.flags.read_value()
+        if layout.memory:
+            steps = tf.cast(tf.reduce_max(layout.memory["steps"]), tf.int64)
+            table = tf.stack([table[:, 0], table[:, 1], table[:, 0] * steps, table[:, 3]], 1)
+        return self._sum_flags(table)
+
+    def _still_agreed(self, layout: Layout, flags: tf.Tensor) -> tf.Operation:
+        """Fail, on every rank alike, unless all ranks are about to do the same."""
+        with tf.device("cpu"):
+            here = flags[:, 0] == 1
+            same = (flags[:, 1] == 0) & (flags[:, 3] == layout.digest)
+            changed = tf.reshape(tf.where(here & ~same), (-1,))
+            checks = [tf.debugging.Assert(tf.size(changed) == 0, [_CHANGED, changed], summarize=-1)]
+            if self.settings.aggregator is not None and self.settings.aggregator.needs_gramian:
+                gone = tf.reshape(tf.where(~here), (-1,))
+                left = (
+                    f"{self.settings.aggregator!r} needs the Gramian of all gradients, which cannot be computed "
+                    "once a rank has called hvd.join(). Ranks that did: "
+                )
+                checks.append(tf.debugging.Assert(tf.size(gone) == 0, [left, gone], summarize=-1))
         return tf.group(*checks)
 
-    def _survives_join(self, layout: Layout) -> bool:
-        if any(layout.slots[i].sparse for i in layout.active):
-            return False
-        return self.settings.aggregator is None or layout.schedule == "two-pass"
+    def _shared_memory(self, layout: Layout, flags: tf.Tensor) -> Memory:
+        """What the aggregator remembers: of the rank that remembers the most steps, if ranks differ."""
+        collectives = self._collectives
+        assert collectives is not None
+        own = {name: variable.read_value() for name, variable in layout.memory.items()}
+        steps = flags[:, 2]
+        root = tf.argmax(steps)
+        differ = tf.reduce_any((flags[:, 0] == 1) & (steps != steps[root]))
+
+        def share() -> list[tf.Tensor]:
+            collectives.start()
+            flat = tf.concat([tf.reshape(value, (-1,)) for value in own.values()], 0)
+            flat = tf.where(root == collectives.rank, flat, tf.zeros_like(flat))
+            flat = collectives.allreduce(flat, f"{self.name}.memory").wait()
+            parts = tf.split(flat, [value.shape.num_elements() for value in own.values()])
+            return [tf.reshape(part, value.shape) for part, value in zip(parts, own.values(), strict=True)]
+
+        values = tf.cond(differ, share, lambda: list(own.values()))
+        return dict(zip(own, values, strict=True))
 
     def _sum_flags(self, table: tf.Tensor) -> tf.Tensor:
         flags = mpi_ops._allreduce(
@@ -330,7 +425,10 @@ class Reducer:
             with tf.init_scope():
                 layout = self._lay_out(gradients, variables, keys)
             self._layouts[keys] = layout
-        self._last = layout
+        if layout is not self._last:
+            with tf.init_scope():
+                self._carry_over(layout)
+            self._last = layout
         return layout
 
     def _lay_out(
@@ -344,7 +442,7 @@ class Reducer:
             )
         assert self._collectives is not None
         settings = self.settings
-        group_of, groups = self._granularity(keys)
+        group_of, labels = self._granularity(keys)
         names = canonical_names([_name(variable, i) for i, variable in enumerate(variables)])
         slots = [
             Slot(i, key, name, *_shape_and_type(variable, gradient), group_of[key])
@@ -367,21 +465,30 @@ class Reducer:
         used = [slots[i] for i in active]
         schedule, reason = self._choose_schedule(used, hosts)
         together = self._together(used)
-        parcels = plan(
-            f"{self.name}.{schedule}",
-            used,
-            workers=self._collectives.size,
-            bucket_bytes=settings.bucket_bytes,
-            together=together,
-            compression=settings.compression,
-        )
+
+        def parcels_for(schedule: str, slots: Sequence[Slot]) -> list[Parcel]:
+            assert self._collectives is not None
+            return plan(
+                f"{self.name}.{schedule}",
+                slots,
+                workers=self._collectives.size,
+                bucket_bytes=settings.bucket_bytes,
+                together=together,
+                compression=settings.compression,
+            )
+
+        apart = None
+        only_sums = schedule == _ONLY_SUMS and not any(slot.sparse for slot in used)
+        if settings.aggregator is not None and not settings.aggregator.needs_gramian and not only_sums:
+            apart = parcels_for(_ONLY_SUMS, [replace(slot, sparse=False) for slot in used])
         row = [[0] * 4] * self._collectives.size
         row[self._collectives.rank] = [1, 0, 0, digest]
         with tf.device("cpu"):
             flags = make_variable(tf.constant(row, tf.int64))
-        if settings.aggregator is not None:
-            self._make_memory(groups)
-        return Layout(slots, active, parcels, groups, schedule, reason, digest, flags)
+        memory = self._memory_of(labels)
+        return Layout(
+            slots, active, parcels_for(schedule, used), apart, labels, schedule, reason, digest, flags, memory
+        )
 
     def _meet(self, digest: int) -> None:
         """Tell the other ranks that this one lays out anew, and make sure that they do, too."""
@@ -405,15 +512,25 @@ class Reducer:
         if settings.aggregator is None:
             return "allreduce", "no aggregator"
         size = sum(slot.length * slot.dtype.size for slot in slots if not slot.sparse)
-        topology = Topology(len(hosts), max(Counter(hosts).values()))
-        return choose_schedule(settings.schedule, settings.aggregator, size, topology)
+        assert self._collectives is not None
+        return choose_schedule(
+            settings.schedule,
+            settings.aggregator,
+            self._collectives,
+            hosts,
+            size,
+            settings.bucket_bytes,
+            tf.zeros(()),
+            self.name,
+        )
 
-    def _granularity(self, keys: Sequence[Hashable]) -> tuple[dict[Hashable, int], int]:
-        """The group of every parameter, and the number of groups."""
+    def _granularity(self, keys: Sequence[Hashable]) -> tuple[dict[Hashable, int], tuple[Hashable, ...]]:
+        """The group of every parameter, and what tells the groups apart, whichever are trained."""
         granularity = self.settings.granularity
-        if isinstance(granularity, str):
-            return group_parameters(granularity, keys)
-        return group_parameters([[key_of(variable) for variable in group] for group in granularity], keys)
+        if not isinstance(granularity, str):
+            granularity = [[key_of(variable) for variable in group] for group in granularity]
+        group_of, groups = group_parameters(granularity, keys)
+        return group_of, tuple(keys) if granularity == "layer" else tuple(range(groups))
 
     def _together(self, slots: Sequence[Slot]) -> list[list[Hashable]] | None:
         groups = self.settings.groups
@@ -436,7 +553,7 @@ class Reducer:
             "adacons_hvd": __version__,
             "aggregator": repr(settings.aggregator),
             "op": settings.op,
-            "schedule": settings.schedule,
+            "schedule": str(settings.schedule),
             "granularity": granularity if isinstance(granularity, str) else "explicit groups",
             "compression": getattr(compression, "__name__", type(compression).__name__),
             "gradient_predivide_factor": settings.gradient_predivide_factor,
@@ -451,42 +568,58 @@ class Reducer:
 
     # --- state ----------------------------------------------------------------------------------
 
-    def _make_memory(self, groups: int) -> None:
-        """Make variables for what the aggregator remembers, with what it remembered so far."""
+    def _memory_of(self, labels: tuple[Hashable, ...]) -> dict[str, tf.Variable]:
+        """The variables for what the aggregator remembers of these groups."""
+        if self.settings.aggregator is None:
+            return {}
+        if labels not in self._memories:
+            self._memories[labels] = {k: make_variable(v) for k, v in self._blank_memory(len(labels)).items()}
+        return self._memories[labels]
+
+    def _blank_memory(self, groups: int) -> Memory:
         assert self._collectives is not None
         aggregator, workers = self.settings.aggregator, self._collectives.size
         assert aggregator is not None
         nothing = tf.zeros((groups, workers), tf.float64)
-        blank = Statistics(nothing, nothing, nothing == 0)
-        if aggregator.needs_gramian:
-            blank = Statistics(nothing, nothing, nothing == 0, tf.zeros((groups, workers, workers), tf.float64))
-        counter = tf.zeros((groups, 1), tf.float64)
-        fresh = {"steps": counter, "fallbacks": counter, **aggregator.start(blank)}
-        old: Memory = self._loaded or {name: variable.read_value() for name, variable in self.memory.items()}
-        if old and self._memory_workers != workers:
-            old = aggregator.resized(old, workers)
-        self._loaded, self._memory_workers = {}, workers
-        for name, zero in fresh.items():
-            value = old.get(name, zero)
-            if tuple(value.shape) != tuple(zero.shape):  # other groups than before
-                value = zero
-            variable = self.memory.get(name)
-            if variable is not None and variable.shape == zero.shape:
-                variable.assign(value)
-            else:
-                self.memory[name] = make_variable(value)
-        self.memory = {name: self.memory[name] for name in fresh}
+        gramian = tf.zeros((groups, workers, workers), tf.float64) if aggregator.needs_gramian else None
+        blank = Statistics(nothing, nothing, nothing == 0, gramian)
+        return aggregator.started(blank)
 
-    def _remember(self, decision: Decision, statistics: Statistics) -> None:
+    def _carry_over(self, layout: Layout) -> None:
+        """Give a layout what is remembered: from a checkpoint, or of the same groups in the last layout."""
+        if self._loaded is not None:
+            self._take_up(layout)
+        elif self._last is not None and self._last.labels != layout.labels:
+            pairs = [(i, self._last.labels.index(x)) for i, x in enumerate(layout.labels) if x in self._last.labels]
+            for name, variable in layout.memory.items():
+                rows = variable.numpy()
+                for row, former in pairs:
+                    rows[row] = self._last.memory[name][former].numpy()
+                variable.assign(rows)
+
+    def _take_up(self, layout: Layout) -> None:
+        """Make what was loaded what the aggregator remembers."""
+        assert self._loaded is not None
+        (loaded, workers), self._loaded = self._loaded, None
+        if self.settings.aggregator is None:
+            return
+        assert self._collectives is not None
+        groups = len(layout.labels)
+        known = loaded["steps"].shape[0] if loaded else groups
+        if known != groups:
+            warnings.warn(
+                f"the aggregator's state is for {known} groups of parameters and there are {groups} now, "
+                "so it starts afresh",
+                stacklevel=2,
+            )
+            loaded = {}
+        if loaded and workers != self._collectives.size:
+            loaded = self.settings.aggregator.resized(loaded, self._collectives.size)
+        for name, blank in self._blank_memory(groups).items():
+            layout.memory[name].assign(loaded.get(name, blank))
+
+    def _remember(self, tensors: Mapping[str, tf.Tensor]) -> None:
         """Keep what a report needs; see :attr:`report`."""
-        tensors = {
-            "weights": decision.weights,
-            "fallback": decision.fallback,
-            "dots": statistics.dots,
-            "squares": statistics.squares,
-            "present": statistics.present,
-            **{f"stage {name}": value for name, value in decision.stages.items()},
-        }
         for name, value in tensors.items():
             variable = self._seen.get(name)
             if variable is None or variable.shape != value.shape:
@@ -501,42 +634,58 @@ class Reducer:
         if not self._seen or self._last is None:
             return None
         seen = {name: variable.read_value() for name, variable in self._seen.items()}
-        memory = {name: variable.read_value() for name, variable in self.memory.items()}
+        memory = {name: variable.read_value() for name, variable in self._last.memory.items()}
         stages = {name.removeprefix("stage "): value for name, value in seen.items() if name.startswith("stage ")}
         decision = Decision(seen["weights"], memory, seen["fallback"], stages)
         statistics = Statistics(seen["dots"], seen["squares"], seen["present"])
-        return Report(decision, statistics, self._last.schedule, self._last.reason)
+        if seen["all here"]:
+            return Report(decision, statistics, self._last.schedule, self._last.reason)
+        return Report(decision, statistics, _ONLY_SUMS, "a rank has joined: only sums are left")
 
     def state_dict(self) -> dict[str, Any]:
         """What the aggregator remembers, as numbers and arrays."""
-        memory = self._loaded or self.memory
-        return pack_memory({name: value.numpy() for name, value in memory.items()}, self._memory_workers)
+        memory, workers = self._remembered()
+        return pack_memory({name: value.numpy() for name, value in memory.items()}, workers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned, saved by any number of workers."""
-        memory, self._memory_workers = unpack_memory(state)
-        self._loaded = {name: tf.constant(value, tf.float64) for name, value in memory.items()}
-        if self._last is not None and self._loaded and self._collectives is not None:
-            self._make_memory(self._last.groups)
+        memory, workers = unpack_memory(state)
+        self._loaded = {name: tf.constant(value, tf.float64) for name, value in memory.items()}, workers
+        if self._last is not None:
+            self._take_up(self._last)
 
     def reset(self) -> None:
         """Forget what was agreed on, as when workers have come or gone; keep what was learnt."""
-        self._number = None
-        self._layouts = {}
-        self._collectives = None
-
-    def _connect(self) -> None:
+        self._loaded = self._remembered()
+        self._memories = {}
         self._layouts = {}
         self._last = None
         self._seen = {}
-        settings = self.settings
-        self._collectives = HorovodTensorFlow(settings.process_set, settings.device_dense, settings.device_sparse)
+        self._number = None
+        self._collectives = None
 
+    def _remembered(self) -> tuple[Memory, int]:
+        """What the aggregator remembers, and for how many workers."""
+        if self._loaded is not None:
+            return self._loaded
+        if self._last is None or not self._last.memory:
+            return {}, 0
+        assert self._collectives is not None
+        return {name: variable.read_value() for name, variable in self._last.memory.items()}, self._collectives.size
+
+
+#: The schedule that needs nothing but sums, the only collective left once a rank has joined.
+_ONLY_SUMS = next(name for name, cls in SCHEDULES.items() if cls.only_sums)
 
 _CHANGED = (
     "ranks no longer train the same parameters. Every rank must freeze, unfreeze and recompile at "
     "the same step. Ranks that differ from this one: "
 )
+
+
+def _identities(gradients: Sequence[Gradient]) -> list[Gradient]:
+    """The same gradients, as operations that wait for the control dependencies in force."""
+    return [tf.nest.map_structure(tf.identity, gradient, expand_composites=True) for gradient in gradients]
 
 
 def _shape_and_type(variable: Any, gradient: Gradient | None) -> tuple[tuple[int, ...], tf.DType]:

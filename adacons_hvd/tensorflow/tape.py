@@ -13,12 +13,14 @@ from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from ..aggregators import Aggregator
 from ..binding import BUCKET_BYTES
+from ..costs import Network
 from ..report import Report
 from .arguments import checked_groups, checked_settings
+from .checkpoints import StateBase
 from .packing import Gradient
 from .reducer import Reducer, Settings, key_of, native
 
-__all__ = ["DistributedGradientTape", "PartialDistributedGradientTape"]
+__all__ = ["DistributedGradientTape", "PartialDistributedGradientTape", "TapeState"]
 
 
 @tf.autograph.experimental.do_not_convert
@@ -36,7 +38,7 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
     scale_local_gradients: bool = True,
     *,
     aggregator: Aggregator | None = None,
-    schedule: str = "auto",
+    schedule: str | Network = "auto",
     granularity: str | Sequence[Sequence[Any]] = "model",
     bucket_bytes: int = BUCKET_BYTES,
     name: str = "",
@@ -63,8 +65,10 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
         aggregator: for example ``AdaCons()``. What it remembers belongs to the variables: another
             tape with equal settings for the same variables goes on from there, so it makes no
             difference that a new tape is made every step.
-        schedule: how gradients move: ``"two-pass"``, ``"one-pass"``, ``"gather"`` or ``"auto"``,
-            which picks the cheapest for the cluster and the model. The result is the same.
+        schedule: how gradients move. ``"auto"`` takes the cheapest of ``"two-pass"``,
+            ``"one-pass"`` and ``"gather"``, whose result is the same; ``"fast"`` may also take
+            ``"half"`` or ``"sketch"``, whose weights are nearly so. Both measure what the cluster
+            can do; a :class:`adacons_hvd.costs.Network` in their place gives figures to go by.
         granularity: which parameters share one weight per worker: ``"model"`` (all, as in the
             paper), ``"layer"`` (every tensor has its own), or lists of variables (those in no
             list form one more group).
@@ -262,10 +266,46 @@ def _reducer_for(settings: Settings, sources: Sequence[Any], name: str) -> Reduc
     )
     if key not in _reducers:
         _reducers[key] = Reducer(settings)
+        _take_up_restored()
         variable = native(sources[0])
         if isinstance(variable, tf.Variable):
             weakref.finalize(variable, _reducers.pop, key, None)
     return _reducers[key]
+
+
+# States that a checkpoint holds and that no reducer has taken up yet, by the reducers' places.
+_restored: dict[int, dict[str, Any]] = {}
+
+
+def _take_up_restored() -> None:
+    for place, reducer in enumerate(_reducers.values()):
+        if place in _restored:
+            reducer.load_state_dict(_restored.pop(place))
+
+
+class TapeState(StateBase):
+    """What the aggregators of all tapes remember, for ``tf.train.Checkpoint``.
+
+    A tape lives for a step, so a checkpoint cannot hold it. What tapes leave behind is told apart
+    by the order in which they are first used, which must be the same when training goes on.
+
+    ``tf.train.Checkpoint(model=model, optimizer=optimizer, tapes=hvd.TapeState())``
+    """
+
+    def __init__(self) -> None:
+        self._exchange = self
+
+    def state_dict(self) -> dict[str, Any]:
+        states = [reducer.state_dict() for reducer in _reducers.values()]
+        return {f"{place}/{name}": value for place, state in enumerate(states) for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _restored.clear()
+        for key, value in state.items():
+            place, name = key.split("/")
+            _restored.setdefault(int(place), {})[name] = value
+        with tf.init_scope():
+            _take_up_restored()
 
 
 def _hashable(lists: Any) -> Hashable:

@@ -14,11 +14,13 @@ from horovod.torch.compression import Compression
 from horovod.torch.mpi_ops import ProcessSet, global_process_set
 
 from .. import __version__, agreement
-from ..aggregators import Aggregator
+from ..aggregators import Aggregator, unpack_memory
 from ..binding import BUCKET_BYTES, STATE_KEY, check_aggregator, check_granularity, parameter_lists
 from ..collectives.horovod_torch import HorovodTorch
+from ..costs import Network
 from ..report import Report
-from .reducer import Flags, Reducer, Settings, exchange_flags, take_number
+from .numbering import generation, take_number
+from .reducer import Flags, Reducer, Settings, exchange_flags
 
 __all__ = ["DistributedOptimizer", "broadcast_optimizer_state"]
 
@@ -36,7 +38,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     process_set: ProcessSet = global_process_set,
     *,
     aggregator: Aggregator | None = None,
-    schedule: str = "auto",
+    schedule: str | Network = "auto",
     granularity: str | Sequence[Sequence[torch.Tensor]] = "model",
     bucket_bytes: int = BUCKET_BYTES,
     overlap: bool = True,
@@ -66,8 +68,10 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         sparse_as_dense: as in Horovod.
         process_set: as in Horovod: the workers that share gradients.
         aggregator: for example ``AdaCons()``.
-        schedule: how gradients move: ``"two-pass"``, ``"one-pass"``, ``"gather"`` or ``"auto"``,
-            which picks the cheapest for the cluster and the model. The result is the same.
+        schedule: how gradients move. ``"auto"`` takes the cheapest of ``"two-pass"``,
+            ``"one-pass"`` and ``"gather"``, whose result is the same; ``"fast"`` may also take
+            ``"half"`` or ``"sketch"``, whose weights are nearly so. Both measure what the cluster
+            can do; a :class:`adacons_hvd.costs.Network` in their place gives figures to go by.
         granularity: which parameters share one weight per worker: ``"model"`` (all, as in the
             paper), ``"layer"`` (every tensor has its own), or lists of parameters (those in no
             list form one more group).
@@ -230,6 +234,8 @@ class _Aggregating(torch.optim.Optimizer):
         """Load a state saved with or without an aggregator, by any number of workers."""
         state = dict(state_dict)
         ours = state.pop(STATE_KEY, None)
+        if ours is not None:
+            unpack_memory(ours)  # refuses what is no such state, before anything has changed
         self._base.load_state_dict(self, state)
         self._synchronized = False
         self._should_synchronize = True
@@ -255,20 +261,20 @@ def _plain(optimizer: torch.optim.Optimizer, process_set: ProcessSet) -> torch.o
 
     Otherwise a rank that was given no aggregator and one that was would wait for each other.
     """
-    if not process_set.included() or process_set.size() == 1:
+    if not process_set.included():
         return optimizer
     step = optimizer.step
-    told = False
+    told: int | None = None
 
-    def first_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def telling_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         nonlocal told
-        if not told:
-            told = True
+        if told != generation():
+            told = generation()
             _tell_plain(process_set)
         return step(*args, **kwargs)
 
     # A bound method, because learning-rate schedulers look inside.
-    optimizer.step = types.MethodType(first_step, optimizer)  # type: ignore[method-assign]
+    optimizer.step = types.MethodType(telling_step, optimizer)  # type: ignore[method-assign]
     return optimizer
 
 
@@ -285,19 +291,45 @@ def _tell_plain(process_set: ProcessSet) -> None:
 def broadcast_optimizer_state(
     optimizer: torch.optim.Optimizer, root_rank: int, model: torch.nn.Module | None = None
 ) -> None:
-    """Horovod's function, which also makes the aggregator's state that of ``root_rank``."""
-    hvd.broadcast_optimizer_state(optimizer, root_rank, model)
+    """Horovod's function, which also makes the aggregator's state that of ``root_rank``.
+
+    On a process set without that rank it becomes that of the set's first.
+    """
+    with _parameters_stay(optimizer):
+        hvd.broadcast_optimizer_state(optimizer, root_rank, model)
+    process_set = getattr(optimizer, "process_set", global_process_set)
+    if not process_set.included():
+        return
+    # A rank without an aggregator takes part too. It must not be here that others wait for it, but
+    # in the first step, where it is found out.
     reducer: Reducer | None = getattr(optimizer, "_reducer", None)
-    if reducer is not None:
-        state = {k: v.cpu() if torch.is_tensor(v) else v for k, v in reducer.state.state_dict().items()}
-        reducer.state.load_state_dict(hvd.broadcast_object(state, root_rank, name="adacons.state"))
+    state = None if reducer is None else reducer.state_on_host()
+    root = root_rank if root_rank in process_set.ranks else process_set.ranks[0]
+    state = hvd.broadcast_object(state, root, name="adacons.state", process_set=process_set)
+    if reducer is not None and state is not None:
+        reducer.state.load_state_dict(state)
         reducer.reset()
+
+
+@contextmanager
+def _parameters_stay(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Undo what happens to parameters in here.
+
+    Horovod gives an optimizer without a state one by a step along zero gradients. Where there is
+    weight decay that moves the parameters; and in an elastic job, those of newcomers alone.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [] if optimizer.state_dict()["state"] else [p.detach().clone() for p in parameters]
+    yield
+    if kept:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, kept)
 
 
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def _check(aggregator: Aggregator, op: Any, passes: int, schedule: str, predivide: float) -> None:
+def _check(aggregator: Aggregator, op: Any, passes: int, schedule: str | Network, predivide: float) -> None:
     check_aggregator(aggregator, schedule)
     if op != hvd.Average:
         name = {hvd.Sum: "Sum", hvd.Adasum: "Adasum"}.get(op, repr(op))

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..schedules import Bucket, DenseBucket, Schedule, Segment, SparseBucket
+from ..schedules import Bucket, DenseBucket, Schedule, SparseBucket
+from ..torch_gradients import numbers, real, rows_and_values, segments, sparse_gradient
 
 __all__ = ["DenseParcel", "Parcel", "Slot", "SparseParcel", "plan"]
 
@@ -38,7 +39,7 @@ class Slot:
     @property
     def length(self) -> int:
         """How many real numbers the gradient consists of."""
-        return self.parameter.numel() * (2 if self.parameter.is_complex() else 1)
+        return numbers(self.parameter)
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -95,20 +96,16 @@ class DenseParcel(Parcel):
         self.waiting = len(slots)
         self.compression = compression
         length = 0
-        segments: list[Segment] = []
         for slot in slots:
             slot.parcel, slot.start = self, length
             length += slot.length
-            if segments and segments[-1].group == slot.group:
-                segments[-1] = segments[-1]._replace(stop=length)
-            else:
-                segments.append(Segment(slot.start, length, slot.group))
         # Shards have equal length, so the buffer is padded to a multiple of the workers.
         padded = -(-length // schedule.collectives.size) * schedule.collectives.size
         buffer = torch.zeros(padded, dtype=dtype, device=slots[0].parameter.device)
-        self._bucket = DenseBucket(name, buffer, segments, schedule)
+        self._bucket = DenseBucket(name, buffer, segments((slot.length, slot.group) for slot in slots), schedule)
         self._views = {
-            slot: buffer[slot.start : slot.start + slot.length].view(_real_shape(slot.parameter)) for slot in slots
+            slot: buffer[slot.start : slot.start + slot.length].view(real(slot.parameter.detach()).shape)
+            for slot in slots
         }
 
     @property
@@ -129,7 +126,7 @@ class DenseParcel(Parcel):
             if self.compression is not None:
                 gradient = self.compression.decompress(*self.compression.compress(gradient))
             views.append(view)
-            gradients.append(_real_view(gradient))
+            gradients.append(real(gradient))
         if views:
             torch._foreach_copy_(views, gradients)
 
@@ -144,21 +141,13 @@ class DenseParcel(Parcel):
                 parameter.grad = view.to(gradient.dtype).to_sparse(gradient.sparse_dim())
             else:
                 views.append(view)
-                gradients.append(_real_view(gradient))
+                gradients.append(real(gradient))
         if views:
             torch._foreach_copy_(gradients, views)
         if self.bucket.restore is not None:
             for slot in self.slots:
                 assert slot.parameter.grad is not None
                 slot.parameter.grad.mul_(self.bucket.restore[slot.group, 0])
-
-
-def _real_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    return (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
-
-
-def _real_view(gradient: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
 class SparseParcel(Parcel):
@@ -186,21 +175,12 @@ class SparseParcel(Parcel):
             self.bucket.values = self.bucket.values.new_zeros((0, width))
             return
         gradient = gradient.detach()
-        # Repeated rows must be added up before they are squared.
-        gradient = (gradient if gradient.is_sparse else gradient.to_sparse(1)).coalesce()
-        self.bucket.rows = gradient.indices()[0]
-        self.bucket.values = gradient.values().reshape(-1, width)
+        gradient = gradient if gradient.is_sparse else gradient.to_sparse(1)
+        self.bucket.rows, self.bucket.values = rows_and_values(gradient)
 
     def deliver(self) -> None:
         (slot,) = self.slots
-        shape = slot.parameter.shape
-        slot.parameter.grad = torch.sparse_coo_tensor(
-            self.bucket.rows[None],
-            self.bucket.values.reshape(-1, *shape[1:]),
-            shape,
-            is_coalesced=True,
-            check_invariants=False,
-        )
+        slot.parameter.grad = sparse_gradient(self.bucket.rows, self.bucket.values, slot.parameter)
 
 
 def plan(

@@ -19,14 +19,16 @@ and parcels that are full wait for its result. It takes no time from backward.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 from horovod.torch.mpi_ops import HorovodInternalError, ProcessSet
 
@@ -35,12 +37,13 @@ from ..aggregators import Aggregator
 from ..binding import State, choose_schedule, group_parameters, unscale
 from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
-from ..costs import Topology
+from ..costs import Network
 from ..report import Report
 from ..schedules import SCHEDULES, Step
+from .numbering import generation, take_number
 from .parcels import Parcel, Slot, plan
 
-__all__ = ["Flags", "Reducer", "Settings", "exchange_flags", "take_number"]
+__all__ = ["Flags", "Reducer", "Settings", "exchange_flags"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Settings:
     """What the user asked for; see ``DistributedOptimizer``."""
 
     aggregator: Aggregator
-    schedule: str
+    schedule: str | Network
     granularity: str | Sequence[Sequence[torch.Tensor]]
     compression: Any
     gradient_predivide_factor: float
@@ -58,18 +61,6 @@ class Settings:
     bucket_bytes: int
     overlap: bool
     grad_scaler: Any
-
-
-# How many optimizers have been used on each process set. The number is part of the names of an
-# optimizer's collectives, so it must be the same on every rank: optimizers are numbered in the
-# order of their first step.
-_numbers: Counter[int] = Counter()
-
-
-def take_number(process_set: ProcessSet) -> int:
-    number = _numbers[process_set.process_set_id]
-    _numbers[process_set.process_set_id] += 1
-    return number
 
 
 class Reducer:
@@ -99,11 +90,23 @@ class Reducer:
         self.pending = False
         self._optimizer = weakref.ref(optimizer)
         self._names = dict(names)
-        self._collectives = HorovodTorch(settings.process_set)
-        self._number: int | None = None
+        self._start()
         self._hooks: dict[torch.Tensor, Any] = {}
         self._forget_layout()
         self._watch()
+
+    def _start(self) -> None:
+        """Get to know the workers there are."""
+        self._collectives = HorovodTorch(self.settings.process_set)
+        self._generation = generation()
+        #: Taken in the first step.
+        self._number: int | None = None
+
+    def _keep_up(self) -> None:
+        """Start again if Horovod has been initialised anew: an elastic job's workers have changed."""
+        if self._generation != generation():
+            self.reset()
+            self._start()
 
     # --- during backward ------------------------------------------------------------------------
 
@@ -117,6 +120,7 @@ class Reducer:
     def _added(self, parameter: torch.Tensor) -> None:
         """Backward has added to this parameter's gradient."""
         if not self.pending:
+            self._keep_up()
             self.pending = True
             self._current = self._layout_is_current()
             self._ask_who_is_here()
@@ -128,7 +132,7 @@ class Reducer:
             return
         if slot.additions == slot.expected:
             slot.parcel.waiting -= 1
-            if slot.parcel.waiting == 0:
+            if slot.parcel.waiting == 0 and not slot.parcel.bucket.begun:
                 self._full.append(slot.parcel)
         if self._full and self._all_are_here():
             for parcel in self._full:
@@ -166,8 +170,13 @@ class Reducer:
             buckets = [parcel.bucket for parcel in self._parcels]
             loss_scale = unscale(self.settings.grad_scaler, buckets[0].reference)
             # step() may be called inside of an autocast, but here precision is chosen with care.
-            with torch.autocast(buckets[0].reference.device.type, enabled=False):
-                decision, statistics = self._step.run(buckets, self.state.memory, loss_scale)
+            try:
+                with torch.autocast(buckets[0].reference.device.type, enabled=False):
+                    decision, statistics = self._step.run(buckets, self.state.memory, loss_scale)
+            except FloatingPointError:
+                # All ranks raise it, in the middle of a step, and may go on with the next one.
+                self.reset()
+                raise
             self.state.memory = decision.memory
             self.report = Report(decision, statistics, self._schedule_name, self._reason)
             for parcel in self._parcels:
@@ -177,9 +186,7 @@ class Reducer:
 
     def _settle(self) -> None:
         """Exchange flags, and do what they ask for until all ranks can take the same step."""
-        if self._collectives.size != self.settings.process_set.size():
-            self._forget_layout()  # an elastic job has changed its size
-            self._collectives = HorovodTorch(self.settings.process_set)
+        self._keep_up()
         if self._number is None:
             self._number = take_number(self.settings.process_set)
         self._full.clear()
@@ -263,13 +270,20 @@ class Reducer:
         """Make parcels of slots that all ranks have alike."""
         hosts = [host_name()]
         if not joined:
-            sparse = [i for i, slot in enumerate(slots) if self._is_sparse(slot)]
-            mine = json.dumps([host_name(), sparse]).encode()
-            answers = [json.loads(a) for a in self._collectives.allgather_bytes(mine, f"{self.name}.plan")]
-            hosts = [host for host, _ in answers]
+            mine = {
+                "host": host_name(),
+                "sparse": [i for i, slot in enumerate(slots) if self._is_sparse(slot)],
+                "memory": self._memory_digest(),
+                "steps": self._steps(),
+                "was apart": self._joined,
+            }
+            data = json.dumps(mine).encode()
+            answers = [json.loads(a) for a in self._collectives.allgather_bytes(data, f"{self.name}.plan")]
+            hosts = [answer["host"] for answer in answers]
             # A parameter may have a sparse gradient on one rank and none yet on another.
-            for index in {i for _, indices in answers for i in indices}:
+            for index in {i for answer in answers for i in answer["sparse"]}:
                 slots[index].sparse = True
+            self._share_memory(answers)
         self._choose_schedule(slots, hosts, joined)
         schedule = SCHEDULES[self._schedule_name](self._collectives, self.settings.gradient_predivide_factor)
         self._slots = {slot.parameter: slot for slot in slots}
@@ -295,6 +309,41 @@ class Reducer:
             reference = self._parcels[0].bucket.reference
             self.state.fit(self.settings.aggregator, self._groups, self._collectives.size, reference)
 
+    def _share_memory(self, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Let all ranks remember the same, or each would weigh the gradients in its own way.
+
+        They do not where a rank has missed steps since its ``hvd.join()``, or where a checkpoint
+        was not loaded on all of them. What the most steps have gone into is what all get.
+        """
+        if all(answer["memory"] == answers[0]["memory"] for answer in answers):
+            return
+        steps = [answer["steps"] for answer in answers]
+        leader = steps.index(max(steps))
+        if not any(answer["was apart"] for answer in answers):
+            warnings.warn(
+                f"the aggregator remembers other steps on some ranks than on others ({steps} of them), so all go on "
+                f"from what rank {leader} remembers; load checkpoints on every rank, or broadcast_optimizer_state()",
+                stacklevel=2,
+            )
+        root = self.settings.process_set.ranks[leader]
+        mine = self.state_on_host()
+        name, process_set = f"{self.name}.memory", self.settings.process_set
+        self.state.load_state_dict(hvd.broadcast_object(mine, root, name=name, process_set=process_set))
+
+    def state_on_host(self) -> dict[str, Any]:
+        """What the aggregator remembers, in a form that can be sent to another process."""
+        return {k: v.cpu() if torch.is_tensor(v) else v for k, v in self.state.state_dict().items()}
+
+    def _memory_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state.memory.items()):
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _steps(self) -> int:
+        steps = self.state.memory.get("steps")
+        return 0 if steps is None else int(steps.max())
+
     def _is_sparse(self, slot: Slot) -> bool:
         gradient = slot.parameter.grad
         if gradient is None or not gradient.is_sparse or self.settings.sparse_as_dense:
@@ -311,9 +360,15 @@ class Reducer:
             self._schedule_name, self._reason = "two-pass", "a rank has joined: only sums are left"
         else:
             size = sum(s.length * s.parameter.element_size() for s in slots if not s.sparse)
-            topology = Topology(self._collectives.size, max(Counter(hosts).values()))
             self._schedule_name, self._reason = choose_schedule(
-                self.settings.schedule, self.settings.aggregator, size, topology
+                self.settings.schedule,
+                self.settings.aggregator,
+                self._collectives,
+                hosts,
+                size,
+                self.settings.bucket_bytes,
+                slots[0].parameter if slots else torch.zeros(()),
+                self.name,
             )
 
     def _together(self, parameters: Sequence[torch.Tensor]) -> list[list[torch.Tensor]] | None:
@@ -339,13 +394,14 @@ class Reducer:
         return {
             "adacons_hvd": __version__,
             "aggregator": repr(settings.aggregator),
-            "schedule": settings.schedule,
+            "schedule": str(settings.schedule),
             "granularity": granularity if isinstance(granularity, str) else "explicit groups",
             "compression": getattr(settings.compression, "__name__", str(settings.compression)),
             "gradient_predivide_factor": settings.gradient_predivide_factor,
             "groups": None if together is None else [[self._name_of(p) for p in group] for group in together],
             "sparse_as_dense": settings.sparse_as_dense,
             "bucket_bytes": settings.bucket_bytes,
+            "overlap": settings.overlap,
             "grad_scaler": settings.grad_scaler is not None,
             "parameters": [
                 [s.name, str(s.parameter.dtype), str(tuple(s.parameter.shape)), f"group {s.group}"] for s in slots
@@ -356,8 +412,6 @@ class Reducer:
 
     def set_passes(self, passes: int) -> None:
         self.passes = passes
-        for slot in self._slots.values():
-            slot.additions = 0
         for parcel in self._parcels:
             parcel.expect(passes)
 

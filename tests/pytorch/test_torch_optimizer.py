@@ -26,14 +26,15 @@ def test_every_public_name_of_horovod_torch_is_there(cluster):
         import adacons_hvd.torch as ours
 
         public = [name for name in vars(theirs) if not name.startswith("_")]
-        replaced = ["DistributedOptimizer", "broadcast_optimizer_state"]
+        replaced = ["DistributedOptimizer", "broadcast_optimizer_state", "elastic", "init"]
         missing = [name for name in public if not hasattr(ours, name)]
         other = [name for name in public if name not in missing and getattr(ours, name) is not getattr(theirs, name)]
+        missing += [name for name in vars(theirs.elastic) if name[0] != "_" and not hasattr(ours.elastic, name)]
         return missing, sorted(other), len(public) > 50, sorted(replaced)
 
     for missing, other, many, replaced in cluster.run(case):
-        assert not missing
-        assert set(other) <= {*replaced, "optimizer"}
+        assert set(missing) <= {"init", "run_fn", "shutdown"}  # what horovod.torch.elastic itself uses
+        assert set(other) == {*replaced, "optimizer"}
         assert many
 
 
@@ -426,9 +427,16 @@ class TestDisagreement:
             "bucket_bytes=99": "bucket_bytes: ",
             "sparse_as_dense=True": "sparse_as_dense: False on ranks 0, 2; True on rank 1",
             "gradient_predivide_factor=2.0": "gradient_predivide_factor: 1.0 on ranks 0, 2; 2.0",
+            "aggregator=AdaCons(nonfinite='raise')": "nonfinite='raise') on rank 1",
+            "aggregator=AdaCons(normalize=False)": "normalize=False, scale='unit'",
+            "granularity=[parameters[:2]]": "granularity: model on ranks 0, 2; explicit groups on rank 1",
+            "groups=[parameters[:2]]": "groups: ",
+            "overlap=False": "overlap: True on ranks 0, 2; False on rank 1",
+            "grad_scaler=torch.amp.GradScaler('cpu')": "grad_scaler: False on ranks 0, 2; True on rank 1",
         }
 
         def case(arguments):
+            import torch
             from torch_job import Batches, loss_of, network
 
             import adacons_hvd.torch as hvd
@@ -436,7 +444,8 @@ class TestDisagreement:
 
             hvd.init()
             model, batches = network(), Batches()
-            scope = {"AdaCons": AdaCons, "Mean": Mean, "hvd": hvd}
+            parameters = list(model.parameters())
+            scope = {"AdaCons": AdaCons, "Mean": Mean, "hvd": hvd, "parameters": parameters, "torch": torch}
             own = eval(f"dict({arguments})", scope) if hvd.rank() == 1 else {}
             optimizer = wrapped(model, **own)
             loss_of(model, batches).backward()
@@ -501,6 +510,9 @@ class TestDisagreement:
             hvd.init()
             model, batches = network(), Batches()
             optimizer = wrapped(model, **({"aggregator": None} if hvd.rank() == 1 else {}))
+            # As scripts do before their first step; nobody may wait for anybody here.
+            hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+            hvd.broadcast_optimizer_state(optimizer, root_rank=0)
             loss_of(model, batches).backward()
             return disagreement_of(optimizer)
 
@@ -508,6 +520,41 @@ class TestDisagreement:
         messages = cluster.run(case, fresh=True)
         assert messages[0] == messages[1] == messages[2]
         assert "None (Horovod's own reduction) on rank 1" in messages[0]
+
+    def test_about_which_granularity_groups_there_are(self, cluster):
+        def case():
+            from torch_job import Batches, loss_of, network
+
+            import adacons_hvd.torch as hvd
+
+            hvd.init()
+            model, batches = network(), Batches()
+            parameters = list(model.parameters())
+            optimizer = wrapped(model, granularity=[parameters[: 2 + hvd.rank() // 2]])
+            loss_of(model, batches).backward()
+            return disagreement_of(optimizer)
+
+        messages = cluster.run(case)
+        assert messages[0] == messages[1] == messages[2]
+        assert "first difference at number 2: 2.weight" in messages[0]
+        assert "group 1 on ranks 0-1" in messages[0]
+
+    def test_about_the_order_of_two_optimizers(self, cluster):
+        def case():
+            from torch_job import Batches, loss_of, network
+
+            import adacons_hvd.torch as hvd
+
+            hvd.init()
+            models, batches = [network(1), network(2)], Batches()
+            optimizers = [wrapped(model) for model in models]
+            first = hvd.rank() % 2
+            loss_of(models[first], batches).backward()
+            return disagreement_of(optimizers[first])
+
+        messages = cluster.run(case)
+        assert messages[0] == messages[1] == messages[2]
+        assert "parameters, first difference at number 0" in messages[0]
 
     def test_that_arises_later(self, cluster):
         """One rank freezes a layer of its own accord."""

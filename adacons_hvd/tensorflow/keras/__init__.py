@@ -5,9 +5,14 @@ import adacons_hvd.tensorflow.keras as hvd        # was: import horovod.tensorfl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
+
+# First, because it raises an error where tf.keras cannot be used.
+from ...keras.on_tensorflow import broadcast_global_variables as broadcast_global_variables
+
+# isort: split
 
 import tensorflow as tf
 from horovod.tensorflow.keras import *  # noqa: F403
@@ -16,10 +21,7 @@ from horovod.tensorflow.keras import Average, Compression, ProcessSet, global_pr
 from ...aggregators import AdaCons as AdaCons
 from ...aggregators import Aggregator
 from ...binding import BUCKET_BYTES
-from ...keras.arguments import distribute
-from ...keras.loading import load_model as _load_model
-from ...keras.on_tensorflow import broadcast_global_variables as broadcast_global_variables
-from ..tape import variables_of
+from ...keras.arguments import distribute, keep_local, make_load_model
 
 # Horovod's modules of these names are here already, and would be what `from . import` finds.
 callbacks = import_module(".callbacks", __name__)
@@ -72,8 +74,10 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         scale_local_gradients: as in Horovod: whether the gradients of local variables are divided
             by the number of workers.
         aggregator: for example ``AdaCons()``.
-        schedule: how gradients move: ``"two-pass"``, ``"one-pass"``, ``"gather"`` or ``"auto"``,
-            which picks the cheapest for the cluster and the model. The result is the same.
+        schedule: how gradients move. ``"auto"`` takes the cheapest of ``"two-pass"``,
+            ``"one-pass"`` and ``"gather"``, whose result is the same; ``"fast"`` may also take
+            ``"half"`` or ``"sketch"``, whose weights are nearly so. Both measure what the cluster
+            can do.
         granularity: which parameters share one weight per worker: ``"model"`` (all, as in the
             paper), ``"layer"`` (every tensor has its own), or lists of variables (those in no
             list form one more group).
@@ -97,53 +101,12 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     >>> optimizer.report.fallbacks
     0
     """
-    return distribute(
-        optimizer,
-        name=name,
-        device_dense=device_dense,
-        device_sparse=device_sparse,
-        compression=compression,
-        sparse_as_dense=sparse_as_dense,
-        gradient_predivide_factor=gradient_predivide_factor,
-        op=op,
-        backward_passes_per_step=backward_passes_per_step,
-        average_aggregated_gradients=average_aggregated_gradients,
-        num_groups=num_groups,
-        groups=groups,
-        process_set=process_set,
-        scale_local_gradients=scale_local_gradients,
-        aggregator=aggregator,
-        schedule=schedule,
-        granularity=granularity,
-        bucket_bytes=bucket_bytes,
-    )
+    return distribute(**locals())
 
 
 def PartialDistributedOptimizer(optimizer: Any, *args: Any, local_layers: Any = None, **kwargs: Any) -> Any:  # noqa: N802
     """:func:`DistributedOptimizer`, but the variables of ``local_layers`` stay each rank's own."""
-    wrapped = DistributedOptimizer(optimizer, *args, **kwargs)
-    part = wrapped if hasattr(wrapped, "register_local_var") else wrapped.inner_optimizer
-    for variable in variables_of(local_layers):
-        part.register_local_var(variable)
-    return wrapped
+    return keep_local(DistributedOptimizer(optimizer, *args, **kwargs), local_layers)
 
 
-def load_model(
-    filepath: Any,
-    custom_optimizers: Iterable[type] | None = None,
-    custom_objects: Mapping[str, Any] | None = None,
-    compression: Any = Compression.none,
-    legacy_opts: bool = False,
-    **distributed: Any,
-) -> Any:
-    """Load a model that was saved with or without this package, and wrap its optimizer.
-
-    The optimizer keeps the state it was saved with, the aggregator's memory included, whatever
-    the number of workers. ``distributed`` are further arguments of :func:`DistributedOptimizer`,
-    ``aggregator`` above all.
-    """
-
-    def wrap(optimizer: Any) -> Any:
-        return DistributedOptimizer(optimizer, compression=compression, **distributed)
-
-    return _load_model(tf.keras, filepath, wrap, custom_optimizers, custom_objects)
+load_model = make_load_model(lambda: tf.keras, DistributedOptimizer, Compression.none)

@@ -1,0 +1,147 @@
+"""Measure what ``schedule="auto"`` decides by: how long collectives and arithmetic take here.
+
+A few messages of growing size, and one look at a matrix: some tenths of a second, once per cluster
+and process. Measured are the very collectives and operations that schedules are made of, by all
+workers at once, so whatever the cluster is like, shared cards, shared memory or both, it shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+from .collectives import Collectives, Pending
+from .costs import Curve, Rates
+from .ops import Tensor, ops_for
+
+__all__ = ["measured_rates"]
+
+#: Bytes of the messages. What is larger takes longer in proportion.
+_SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 24)
+#: A message that takes this many seconds is not sent again, and no larger one is tried.
+_ENOUGH = 0.3
+#: Elements of the gradients that arithmetic is timed on, all workers' together.
+_ELEMENTS = 1 << 21
+_REPEATS = 3
+
+# Rates are the same on all workers, and known for as long as the cluster stays as it is.
+_known: dict[tuple[str, ...], Rates] = {}
+
+
+def measured_rates(collectives: Collectives, hosts: Sequence[str], reference: Tensor, name: str) -> Rates:
+    """The rates of this cluster, the same on every worker, measured unless all know them already.
+
+    ``hosts`` names every worker's host; ``reference`` is some tensor where gradients are; ``name``
+    is a prefix for the names of collectives.
+    """
+    calibration = _Calibration(collectives, reference, name)
+    place = (type(collectives).__name__, *hosts)
+    # In an elastic job a new worker may stand where another was, and know nothing.
+    if not all(known for (known,) in calibration.gather([float(place in _known)], "known")):
+        _known[place] = calibration.rates(len(set(hosts)))
+    return _known[place]
+
+
+class _Calibration:
+    def __init__(self, collectives: Collectives, reference: Tensor, name: str) -> None:
+        self.collectives = collectives
+        self.reference = reference
+        self.name = name
+        self.ops = ops_for(reference)
+
+    def gather(self, values: Sequence[float], what: str) -> list[list[float]]:
+        """Every worker's values."""
+        flat = self._call(lambda x: self._allgather(x, what), self.ops.like(values, self.reference))()
+        return [flat[worker * len(values) :][: len(values)] for worker in range(self.collectives.size)]
+
+    def rates(self, hosts: int) -> Rates:
+        n = self.collectives.size
+        where = f"{n} workers on {hosts} host{'s' if hosts > 1 else ''}, measured"
+        seconds = [self._looking(), self._combining(), self._own()]
+        # The slowest decides how long a step takes.
+        look, combine, own = (max(values) for values in zip(*self.gather(seconds, "arithmetic"), strict=True))
+        curve = self._curve
+        return Rates(
+            n, curve("allreduce"), curve("half"), curve("alltoall"), curve("allgather"), look, combine, own, where
+        )
+
+    # --- collectives ----------------------------------------------------------------------------
+
+    def _allgather(self, tensor: Tensor, what: str) -> Tensor:
+        return self.collectives.allgather(tensor, f"{self.name}.{what}").wait()
+
+    def _curve(self, kind: str) -> Curve:
+        """Seconds by bytes; of one worker's message, or of the whole result of an allgather."""
+        ops, n = self.ops, self.collectives.size
+        points: list[tuple[float, float]] = []
+        for size in _SIZES:
+            label = f"{kind}.{size}"
+            message = ops.zeros((size // 4 // n * n,), self.reference)
+            if kind == "allgather":
+                message = message[: size // 4 // n]
+            if kind == "half":
+                message = ops.gradient(ops.zeros((size // 2,), self.reference), half=True)
+            else:
+                message = ops.gradient(message)
+            operation = {
+                "allreduce": self.collectives.allreduce,
+                "half": self.collectives.allreduce,
+                "alltoall": self.collectives.alltoall,
+                "allgather": self.collectives.allgather,
+            }[kind]
+            once = self._call(functools.partial(self._first, operation, label), message)
+            once()  # does not count
+            seconds = self._slowest(_time(once, 1), f"{label}.seconds")
+            if seconds < _ENOUGH:
+                seconds = self._slowest(_time(once, _REPEATS), f"{label}.seconds")
+            points.append((float(size), seconds))
+            if seconds > _ENOUGH:
+                break
+        return Curve(tuple(points))
+
+    def _slowest(self, seconds: float, what: str) -> float:
+        return max(value for (value,) in self.gather([seconds], what))
+
+    def _first(self, operation: Callable[..., Pending], label: str, message: Tensor) -> Tensor:
+        return operation(message, f"{self.name}.{label}").wait()[:1]
+
+    # --- arithmetic -----------------------------------------------------------------------------
+
+    def _matrix(self) -> Tensor:
+        n = self.collectives.size
+        return self.ops.gradient(self.ops.zeros((n, _ELEMENTS // n), self.reference) + 1)
+
+    def _looking(self) -> float:
+        return _time(self._call(self.ops.consensus, self._matrix())) / (4 * _ELEMENTS)
+
+    def _combining(self) -> float:
+        n, ops = self.collectives.size, self.ops
+        weights = ops.like([1.0] * n, self.reference)
+        return _time(self._call(lambda rows: ops.combine(weights, rows)[:1], self._matrix())) / (4 * _ELEMENTS)
+
+    def _own(self) -> float:
+        ops = self.ops
+        one = ops.like([1.0], self.reference)[0]
+
+        def look_and_scale(flat: Tensor) -> Tensor:
+            moments = ops.moments(flat, flat)
+            return moments[:1] + ops.wide(ops.scale_segments(flat, [(0, _ELEMENTS, one)])[:1])
+
+        flat = ops.gradient(ops.zeros((_ELEMENTS,), self.reference))
+        return _time(self._call(look_and_scale, flat)) / (4 * _ELEMENTS)
+
+    def _call(self, operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[], list[float]]:
+        """A function that does it, and has done it when it returns."""
+        compiled = self.ops.compiled(operation)
+        return lambda: self.ops.to_list(compiled(tensor))
+
+
+def _time(once: Callable[[], object], repeats: int = _REPEATS) -> float:
+    """The shortest of some."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        once()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,12 @@
+"""Some hundred steps leave nothing behind; `tests/soak` takes twenty thousand."""
+
+from __future__ import annotations
+
+import endurance
+import pytest
+
+
+@pytest.mark.ranks(2, launcher="mpi")
+@pytest.mark.time_limit(120)
+def test_some_hundred_steps_leave_nothing_behind(cluster):
+    endurance.check(cluster.run(endurance.run, 300, True))
