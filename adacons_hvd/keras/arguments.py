@@ -1,43 +1,29 @@
-"""``DistributedOptimizer`` and its partial form, whichever Keras the optimizer is of."""
+"""What is behind the public functions, whichever Keras the optimizer is of."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..aggregators import Aggregator
 from .backends import keras_backend
+from .binding import distributed_part, make_binding
+from .saving import load_model as load
 
-__all__ = ["distribute"]
+__all__ = ["distribute", "keep_local", "make_load_model"]
 
 
-def distribute(
-    optimizer: Any,
-    *,
-    aggregator: Aggregator | None,
-    schedule: str,
-    granularity: str | Sequence[Sequence[Any]],
-    bucket_bytes: int,
-    **arguments: Any,
-) -> Any:
-    """Wrap an optimizer of Keras 3 or of ``tf_keras``."""
-    ours: dict[str, Any] = {
-        "aggregator": aggregator,
-        "schedule": schedule,
-        "granularity": granularity,
-        "bucket_bytes": bucket_bytes,
-    }
+def distribute(optimizer: Any, **arguments: Any) -> Any:
+    """Wrap an optimizer of Keras 3 or of ``tf_keras``; the arguments are all of ``DistributedOptimizer``'s."""
     # Horovod's name for the operations; here they are numbered.
-    arguments.pop("name")
+    del arguments["name"]
     tf_keras = sys.modules.get("tf_keras")
     if tf_keras is not None and isinstance(
         optimizer, (tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer)
     ):
         from .legacy import wrap_legacy
-        from .optimizer import make_binding
 
-        return wrap_legacy(optimizer, make_binding(backend="tensorflow", **ours, **arguments))
+        return wrap_legacy(optimizer, make_binding(backend="tensorflow", **arguments))
 
     import keras
 
@@ -46,6 +32,41 @@ def distribute(
             "DistributedOptimizer wraps an optimizer of Keras, "
             f"got {type(optimizer).__module__}.{type(optimizer).__qualname__}"
         )
-    from .optimizer import make_binding, wrap
+    from .optimizer import wrap
 
-    return wrap(optimizer, make_binding(backend=keras_backend(), **ours, **arguments))
+    return wrap(optimizer, make_binding(backend=keras_backend(), **arguments))
+
+
+def keep_local(wrapped: Any, local_layers: Any) -> Any:
+    """Leave the variables of these layers out of what a distributed optimizer aggregates."""
+    part = distributed_part(wrapped)
+    for variable in part._adacons.backend.variables_of(local_layers):
+        part.register_local_var(variable)
+    return wrapped
+
+
+def make_load_model(keras_of: Callable[[], Any], distributed_optimizer: Callable[..., Any], compression: Any) -> Any:
+    """``load_model`` of a module with this ``DistributedOptimizer``."""
+
+    def load_model(
+        filepath: Any,
+        custom_optimizers: Iterable[type] | None = None,
+        custom_objects: Mapping[str, Any] | None = None,
+        compression: Any = compression,
+        legacy_opts: bool = False,
+        **distributed: Any,
+    ) -> Any:
+        """Load a model that was saved with or without this package, and wrap its optimizer.
+
+        The optimizer is of the class it was saved with, also where that is one of Keras' legacy
+        ones, and keeps its state, the aggregator's memory included, whatever the number of
+        workers. ``distributed`` are further arguments of ``DistributedOptimizer``, ``aggregator``
+        above all.
+        """
+
+        def wrap(optimizer: Any) -> Any:
+            return distributed_optimizer(optimizer, compression=compression, **distributed)
+
+        return load(keras_of(), filepath, wrap, custom_optimizers, custom_objects)
+
+    return load_model

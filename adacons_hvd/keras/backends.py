@@ -8,10 +8,14 @@ imported.
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Backend", "Exchange", "backend_of", "keras_backend"]
+__all__ = ["Backend", "Exchange", "backend_of", "keras_backend", "require_tensorflow"]
 
 
 class Exchange(Protocol):
@@ -47,16 +51,42 @@ class Backend(Protocol):
 
 
 def keras_backend() -> str:
-    """The name of Keras 3's backend, or an error that says why it cannot be used."""
-    import keras
+    """The name of Keras 3's backend, or an error that says why it cannot be used.
 
-    name: str = keras.backend.backend()
+    Keras is not imported for that: where JAX is missing, its import would fail for a lesser reason.
+    """
+    name = _configured_backend()
     if name not in ("tensorflow", "torch"):
         raise RuntimeError(
             f"Keras runs on {name}, which Horovod does not support. Set KERAS_BACKEND=tensorflow or "
             "KERAS_BACKEND=torch before Keras is imported."
         )
     return name
+
+
+def require_tensorflow() -> None:
+    """Raise an error unless ``tf.keras`` can be used."""
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
+    if not legacy and keras_backend() != "tensorflow":
+        raise RuntimeError(
+            f"Keras runs on {keras_backend()}, so this module is of no use. Import adacons_hvd.keras, which follows "
+            "Keras' backend, or set KERAS_BACKEND=tensorflow before Keras is imported."
+        )
+
+
+def _configured_backend() -> str:
+    """What Keras computes with, or would; it looks at the same places in the same order."""
+    if "keras" in sys.modules:
+        name: str = sys.modules["keras"].config.backend()
+        return name
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"]
+    home = Path.home() if os.access(Path.home(), os.W_OK) else Path("/tmp")
+    folder = Path(os.environ.get("KERAS_HOME") or home / ".keras").expanduser()
+    try:
+        return str(json.loads((folder / "keras.json").read_text(encoding="utf-8"))["backend"])
+    except (OSError, ValueError, KeyError):
+        return "tensorflow"
 
 
 def backend_of(name: str) -> Any:

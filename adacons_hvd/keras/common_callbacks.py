@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .backends import backend_of
+from .binding import distributed_part
 
 __all__ = [
     "AggregationLogger",
@@ -18,7 +19,6 @@ __all__ = [
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
     "broadcast_model",
-    "distributed_of",
     "make_callbacks",
 ]
 
@@ -161,8 +161,16 @@ class LearningRateScheduleCallback(_Mixin):
         optimizer.learning_rate = new
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if self.momentum_correction and old and old != new and getattr(inner, "momentum", 0):
-            for velocity in getattr(inner, "momentums", None) or getattr(inner, "_momentums", []):
+            for velocity in _velocities(inner, self.model.trainable_variables):
                 velocity.assign(velocity * (new / old))
+
+
+def _velocities(optimizer: Any, variables: Any) -> list[Any]:
+    """What an SGD optimizer with momentum adds to each variable."""
+    if hasattr(optimizer, "get_slot"):  # of tf_keras.optimizers.legacy
+        slots = [optimizer.get_slot(variable, "momentum") for variable in variables]
+        return [slot for slot in slots if slot is not None]
+    return getattr(optimizer, "momentums", [])
 
 
 class LearningRateWarmupCallback(LearningRateScheduleCallback):
@@ -226,18 +234,11 @@ class AggregationLogger(_Mixin):
         self._add(logs)
 
     def _add(self, logs: Logs | None) -> None:
-        part = distributed_of(self.model.optimizer)
+        part = distributed_part(self.model.optimizer)
         report = None if part is None else part.report
         if logs is not None and report is not None:
             logs["adacons_spread"] = max(report.spread)
             logs["adacons_fallbacks"] = report.fallbacks
-
-
-def distributed_of(optimizer: Any) -> Any:
-    """The distributed optimizer that this is or holds, or None."""
-    while optimizer is not None and "_adacons" not in vars(optimizer):
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-    return optimizer
 
 
 def broadcast_model(module: Any, model: Any, optimizer: Any, root_rank: int, local: set[int] | None = None) -> None:
@@ -246,7 +247,7 @@ def broadcast_model(module: Any, model: Any, optimizer: Any, root_rank: int, loc
     module.broadcast_variables(variables, root_rank)
     own = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
     module.broadcast_variables(list(own), root_rank)
-    part = distributed_of(optimizer)
+    part = distributed_part(optimizer)
     if part is not None:
         exchange = part._adacons.exchange
         state = module.broadcast_object(exchange.state_dict(), root_rank, "adacons.state")

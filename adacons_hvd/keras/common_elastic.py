@@ -10,7 +10,8 @@ from horovod.common.elastic import ObjectState, run_fn
 from horovod.common.exceptions import HorovodInternalError
 
 from .backends import backend_of
-from .common_callbacks import broadcast_model, distributed_of
+from .binding import distributed_part
+from .common_callbacks import broadcast_model
 
 __all__ = ["make_elastic"]
 
@@ -44,7 +45,7 @@ def make_elastic(keras: Any, backend_name: str) -> dict[str, Any]:
         def restore(self) -> None:
             for variable, value in zip(self._variables(), self._values, strict=False):
                 module.assign(variable, value)
-            part = distributed_of(self.optimizer)
+            part = distributed_part(self.optimizer)
             if part is not None and self._aggregator:
                 part._adacons.exchange.load_state_dict(self._aggregator)
             super().restore()
@@ -56,7 +57,7 @@ def make_elastic(keras: Any, backend_name: str) -> dict[str, Any]:
 
         def reset(self) -> None:
             """Workers have come or gone: agree anew, and trace anew what was made for their number."""
-            part = distributed_of(self.optimizer)
+            part = distributed_part(self.optimizer)
             if part is not None:
                 part._adacons.exchange.reset()
             if hasattr(self.model, "train_function"):
@@ -69,7 +70,7 @@ def make_elastic(keras: Any, backend_name: str) -> dict[str, Any]:
 
         def _save_model(self) -> None:
             self._values = [module.copy_of(variable) for variable in self._variables()]
-            part = distributed_of(self.optimizer)
+            part = distributed_part(self.optimizer)
             self._aggregator = None if part is None else part._adacons.exchange.state_dict()
 
     class CommitStateCallback(keras.callbacks.Callback):  # type: ignore[misc]
@@ -132,7 +133,7 @@ def make_elastic(keras: Any, backend_name: str) -> dict[str, Any]:
     def reset() -> None:
         hvd.shutdown()
         hvd.init()
-        module.forget_numbers()
+        module.start_over()
 
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate an elastic training function; its first argument is the state.

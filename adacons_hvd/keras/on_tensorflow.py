@@ -1,10 +1,17 @@
-"""What Horovod's ``horovod.keras`` offers but Keras 3 no longer can, on TensorFlow."""
+"""What Horovod's ``horovod.keras`` offers but Keras 3 no longer can, on TensorFlow.
+
+Cannot be imported where ``tf.keras`` does not compute with TensorFlow; the error says what to do.
+"""
 
 from __future__ import annotations
 
 from horovod.tensorflow.mpi_ops import ProcessSet, add_process_set, global_process_set, remove_process_set
 
+from .backends import require_tensorflow
+
 __all__ = ["ProcessSet", "add_process_set", "broadcast_global_variables", "global_process_set", "remove_process_set"]
+
+require_tensorflow()
 
 
 def broadcast_global_variables(root_rank: int) -> None:

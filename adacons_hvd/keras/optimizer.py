@@ -12,121 +12,36 @@ Two things come before ``apply`` or go around it:
   together, so its ``check_finite`` asks everyone.
 * ``gradient_accumulation_steps`` adds gradients up inside ``apply``. They are aggregated when the
   sum is complete, just before it is clipped.
+
+For these, and only for these, this module needs what Keras keeps to itself: an optimizer's
+``_iterations`` (``iterations`` is another number where gradients accumulate), the variables it was
+built for (``_trainable_variables``), and its methods ``_backend_apply_gradients`` and
+``_clip_gradients``, which enclose the accumulation.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from ..aggregators import Aggregator
-from .backends import backend_of, keras_backend
+from .binding import Binding, Distributed, StateHolder, distributed_class, distributed_part
+from .saving import save_state_in_h5
 
-__all__ = ["Distributed", "distributed_part", "wrap"]
+__all__ = ["wrap"]
 
-
-class Binding:
-    """What an optimizer needs to aggregate. A plain object, so that Keras tracks none of it."""
-
-    def __init__(
-        self,
-        backend: Any,
-        settings: Any,
-        passes: int,
-        average_passes: bool,
-        scale_local: bool,
-        local: Sequence[Any] = (),
-    ) -> None:
-        if passes <= 0:
-            raise ValueError(f"backward_passes_per_step must be positive, got {passes!r}")
-        self.backend = backend
-        self.settings = settings
-        self.passes = passes
-        self.average_passes = average_passes
-        self.scale_local = scale_local
-        self.local = {backend.key_of(variable) for variable in local}
-        self.exchange = backend.make_exchange(settings)
-        #: The variables Keras is about to update; set while it does.
-        self.variables: Sequence[Any] = ()
-
-    def again(self) -> Binding:
-        """The same settings for another optimizer."""
-        other = Binding(self.backend, self.settings, self.passes, self.average_passes, self.scale_local)
-        other.local = set(self.local)
-        return other
-
-    def reduce(self, gradients: Sequence[Any], variables: Sequence[Any], unscale: Any = 1.0) -> list[Any]:
-        """Everyone's gradients, except for local variables."""
-        gradients = list(gradients)
-        shared = [i for i, v in enumerate(variables) if self.backend.key_of(v) not in self.local]
-        for i in set(range(len(gradients))) - set(shared):
-            gradients[i] = self.backend.local_gradient(gradients[i], self.settings.process_set, self.scale_local)
-        if shared:
-            mine = [gradients[i] for i in shared]
-            theirs = self.exchange.reduce(mine, [variables[i] for i in shared], unscale)
-            for i, gradient in zip(shared, theirs, strict=True):
-                gradients[i] = gradient
-        return gradients
-
-
-# Not exported by name, but the base of all that is.
+# The base of all that Keras saves is not exported by name.
 _Saveable: Any = next(cls for cls in keras.optimizers.Optimizer.__mro__ if cls.__name__ == "KerasSaveable")
 
 
-class AggregatorState(_Saveable):
-    """What the aggregator remembers, as an attribute that Keras saves and loads.
+class _Distributed(Distributed):
+    """What is added to the class of an optimizer of Keras 3."""
 
-    It has its own place in a ``.keras`` file, beside the optimizer's variables. An optimizer
-    without it looks for no such place, so the file loads without this package, too.
-    """
-
-    def __init__(self, exchange: Any) -> None:
-        self._exchange = exchange
-
-    def _obj_type(self) -> str:
-        return "Optimizer"
-
-    def save_own_variables(self, store: Any) -> None:
-        import numpy as np
-
-        for name, value in self._exchange.state_dict().items():
-            store[name] = np.asarray(value)
-
-    def load_own_variables(self, store: Any) -> None:
-        names = list(store.keys())
-        if "version" in names:
-            self._exchange.load_state_dict({name: store[name][()] for name in names})
-
-
-class Distributed:
-    """What is added to an optimizer's class. Never instantiated itself."""
-
-    _base: type
-    _adacons: Binding
-    #: Where Keras finds what to save; see :class:`AggregatorState`.
-    adacons_state: AggregatorState
-
-    @property
-    def aggregator(self) -> Aggregator | None:
-        found: Aggregator | None = self._adacons.settings.aggregator
-        return found
-
-    @property
-    def process_set(self) -> Any:
-        return self._adacons.settings.process_set
-
-    @property
-    def report(self) -> Any:
-        """A :class:`adacons_hvd.report.Report` on the last step, or None."""
-        return self._adacons.exchange.report
-
-    def register_local_var(self, variable: Any) -> None:
-        """Keep the gradient of this variable each rank's own."""
-        self._adacons.local.add(self._adacons.backend.key_of(variable))
+    #: Where Keras finds what to save.
+    adacons_state: Any
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> Any:
         binding = self._adacons
@@ -148,21 +63,17 @@ class Distributed:
             return super().apply(grads, trainable_variables)  # type: ignore[misc]
         if binding.passes == 1:
             return self._apply_aggregated(grads, variables)
-        binding.exchange.accumulate(
+        binding.accumulate(
             grads,
             variables,
-            binding.passes,
             lambda sums: self._apply_aggregated(sums, variables),
             lambda: self._iterations.assign_add(1),
         )
         return None
 
     def _apply_aggregated(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Any:
-        binding = self._adacons
-        if binding.passes > 1 and binding.average_passes:
-            gradients = [g if g is None else g / binding.passes for g in gradients]
         unscale = 1.0 if self.loss_scale_factor is None else 1 / self.loss_scale_factor
-        return super().apply(binding.reduce(gradients, variables, unscale), variables)  # type: ignore[misc]
+        return super().apply(self._adacons.reduce(gradients, variables, unscale), variables)  # type: ignore[misc]
 
     def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Sequence[Any]) -> Any:
         self._adacons.variables = trainable_variables
@@ -172,9 +83,6 @@ class Distributed:
         if self.gradient_accumulation_steps:
             grads = self._adacons.reduce(grads, self._adacons.variables)
         return super()._clip_gradients(grads)  # type: ignore[misc]
-
-    def load_aggregator_state(self, state: Mapping[str, Any]) -> None:
-        self._adacons.exchange.load_state_dict(state)
 
     # Keras's own, as far as they are used here.
     built: bool
@@ -200,34 +108,24 @@ def wrap(optimizer: Any, binding: Binding) -> Any:
         plain = base.from_config(config) if custom_objects is None else base.from_config(config, custom_objects)
         return wrap(plain, binding.again())
 
-    cls = type(
-        base.__name__,
-        (Distributed, base),
-        {
-            "_base": base,
-            "__module__": base.__module__,
-            "from_config": classmethod(from_config),
-            # Keras writes an object's __class__ into files. Were it not the class that was wrapped,
-            # what is saved could not be loaded without this package. type() still tells.
-            "__class__": property(lambda self: base),
-        },
-    )
     # The result takes over what the optimizer holds instead of being constructed anew from its
     # configuration, so variables it has built and state it has gathered all stay.
-    wrapped: Any = object.__new__(cls)
+    wrapped: Any = object.__new__(distributed_class(_Distributed, base, from_config))
     wrapped.__dict__.update(optimizer.__dict__)
     wrapped.__dict__["_adacons"] = binding
-    wrapped.__dict__["adacons_state"] = AggregatorState(binding.exchange)
+    # Assigned as users assign attributes, so that TensorFlow's checkpoints find it, too.
+    wrapped.adacons_state = _state_class(binding.backend)(binding.exchange)
     return wrapped
 
 
-def distributed_part(optimizer: Any) -> Any:
-    """The distributed optimizer that this is, or that is within it; None if there is none."""
-    while optimizer is not None:
-        if hasattr(type(optimizer), "_adacons_distributed") or issubclass(type(optimizer), Distributed):
-            return optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-    return None
+@functools.cache
+def _state_class(backend: Any) -> type:
+    """What the aggregator remembers, as something that Keras and the backend save."""
+
+    def _obj_type(self: Any) -> str:
+        return "Optimizer"
+
+    return type("AggregatorState", (StateHolder, _Saveable, backend.StateBase), {"_obj_type": _obj_type})
 
 
 # --- what Keras decides before it asks the optimizer ----------------------------------------------
@@ -269,28 +167,6 @@ def _compile_without_xla() -> None:
     trainer.compile = compile
 
 
+save_state_in_h5(keras)
 _check_finite_everywhere()
 _compile_without_xla()
-
-
-def make_binding(
-    *,
-    num_groups: int,
-    groups: Any,
-    backward_passes_per_step: int,
-    average_aggregated_gradients: bool,
-    scale_local_gradients: bool,
-    local_layers: Any = None,
-    backend: str | None = None,
-    **settings: Any,
-) -> Binding:
-    """A binding from the arguments of ``DistributedOptimizer``."""
-    module = backend_of(backend or keras_backend())
-    return Binding(
-        module,
-        module.checked_settings(groups=module.checked_groups(groups, num_groups), **settings),
-        backward_passes_per_step,
-        average_aggregated_gradients,
-        scale_local_gradients,
-        module.variables_of(local_layers),
-    )

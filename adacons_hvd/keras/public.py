@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import keras
 
 from ..aggregators import Aggregator
 from ..binding import BUCKET_BYTES
-from .arguments import distribute
+from .arguments import distribute, keep_local, make_load_model
 from .backends import backend_of, keras_backend
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "load_model"]
@@ -41,26 +43,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     The arguments are those of :func:`adacons_hvd.tensorflow.keras.DistributedOptimizer`, which
     explains them, in the order of ``horovod.keras``.
     """
-    return distribute(
-        optimizer,
-        name=name,
-        device_dense=device_dense,
-        device_sparse=device_sparse,
-        compression=compression,
-        sparse_as_dense=sparse_as_dense,
-        gradient_predivide_factor=gradient_predivide_factor,
-        op=op,
-        backward_passes_per_step=backward_passes_per_step,
-        average_aggregated_gradients=average_aggregated_gradients,
-        num_groups=num_groups,
-        groups=groups,
-        process_set=process_set,
-        scale_local_gradients=scale_local_gradients,
-        aggregator=aggregator,
-        schedule=schedule,
-        granularity=granularity,
-        bucket_bytes=bucket_bytes,
-    )
+    return distribute(**locals())
 
 
 def PartialDistributedOptimizer(  # noqa: N802 - Horovod's name
@@ -93,31 +76,7 @@ def PartialDistributedOptimizer(  # noqa: N802 - Horovod's name
         scale_local_gradients=scale_local_gradients,
         **ours,
     )
-    part = wrapped if hasattr(wrapped, "register_local_var") else wrapped.inner_optimizer
-    for variable in backend_of(keras_backend()).variables_of(local_layers):
-        part.register_local_var(variable)
-    return wrapped
+    return keep_local(wrapped, local_layers)
 
 
-def load_model(
-    filepath: Any,
-    custom_optimizers: Iterable[type] | None = None,
-    custom_objects: Mapping[str, Any] | None = None,
-    compression: Any = _hvd.Compression.none,
-    legacy_opts: bool = False,
-    **distributed: Any,
-) -> Any:
-    """Load a model that was saved with or without this package, and wrap its optimizer.
-
-    The optimizer keeps the state it was saved with, the aggregator's memory included, whatever
-    the number of workers. ``distributed`` are further arguments of :func:`DistributedOptimizer`,
-    ``aggregator`` above all.
-    """
-    import keras
-
-    from .loading import load_model as load
-
-    def wrap(optimizer: Any) -> Any:
-        return DistributedOptimizer(optimizer, compression=compression, **distributed)
-
-    return load(keras, filepath, wrap, custom_optimizers, custom_objects)
+load_model = make_load_model(lambda: keras, DistributedOptimizer, _hvd.Compression.none)

@@ -10,17 +10,20 @@ import tensorflow as tf
 
 from ..collectives.horovod_tensorflow import make_variable
 from ..tensorflow.arguments import checked_groups, checked_settings
-from ..tensorflow.reducer import Reducer, Settings, forget_numbers, key_of, native
+from ..tensorflow.checkpoints import StateBase, state_in_checkpoint
+from ..tensorflow.reducer import Reducer, Settings, key_of, native, start_over
 from ..tensorflow.tape import local_gradient, variables_of
 
 __all__ = [
+    "StateBase",
     "checked_groups",
     "checked_settings",
-    "forget_numbers",
     "hvd",
     "key_of",
     "local_gradient",
     "make_exchange",
+    "start_over",
+    "state_in_checkpoint",
     "variables_of",
 ]
 

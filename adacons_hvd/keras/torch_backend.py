@@ -12,25 +12,28 @@ from horovod.torch.mpi_ops import ProcessSet
 
 from ..aggregators import Mean
 from ..binding import check_aggregator
-from ..torch.reducer import Reducer, Settings, take_number
+from ..torch.numbering import restart as start_over
+from ..torch.numbering import take_number
+from ..torch.reducer import Reducer, Settings
 
 __all__ = [
+    "StateBase",
     "checked_groups",
     "checked_settings",
     "hvd",
     "key_of",
     "local_gradient",
     "make_exchange",
+    "start_over",
     "variables_of",
 ]
 
 
+#: PyTorch has no checkpoints that find attributes by themselves.
+StateBase = object
+
 #: None that Horovod does not raise as its own.
 COLLECTIVE_ERRORS: tuple[type[Exception], ...] = ()
-
-
-def forget_numbers() -> None:
-    """PyTorch's reducers keep theirs."""
 
 
 class _Parameters:
@@ -112,16 +115,17 @@ class _Exchange:
         apply([sums.get(id(variable)) for variable in variables])
 
     def state_dict(self) -> dict[str, Any]:
-        if self._reducer is None:
-            return dict(self._loaded or {})
-        return {k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in self._reducer.state.state_dict().items()}
+        state = dict(self._loaded or {}) if self._reducer is None else self._reducer.state.state_dict()
+        return {name: value.cpu().numpy() if torch.is_tensor(value) else value for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         numbers = ("version", "workers")
-        state = {k: int(v) if k in numbers else torch.as_tensor(v, dtype=torch.float64) for k, v in state.items()}
-        self._loaded = state
+        self._loaded = {
+            name: int(value) if name in numbers else torch.as_tensor(value, dtype=torch.float64)
+            for name, value in state.items()
+        }
         if self._reducer is not None:
-            self._reducer.state.load_state_dict(state)
+            self._reducer.state.load_state_dict(self._loaded)
             self._reducer.reset()
 
     def reset(self) -> None:

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import harness
 import numpy as np
+
+#: How tests reach Keras 3 on PyTorch and Keras 2 (arguments of a ``ranks`` mark); Keras 3 on TensorFlow needs nothing.
+ON_TORCH = {"pool": "keras-torch", "env": {"KERAS_BACKEND": "torch"}}
+KERAS_2 = {"pool": "tf_keras", "env": {"TF_USE_LEGACY_KERAS": "1"}}
+
+
+def keras_and_hvd() -> tuple[Any, Any]:
+    """The Keras this process is for, and what of this package belongs to it, initialised."""
+    if os.environ.get("TF_USE_LEGACY_KERAS"):
+        import tf_keras as keras
+
+        import adacons_hvd.tensorflow.keras as hvd
+    else:
+        import keras
+
+        import adacons_hvd.keras as hvd
+    hvd.init()
+    return keras, hvd
 
 
 def data(rows: int = 32, rank: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +61,8 @@ def equal_bits(model: Any) -> bool:
 def assert_equal_bits(model: Any, optimizer: Any = None) -> None:
     assert equal_bits(model), "ranks ended with different weights"
     if optimizer is not None:
-        arrays = [np.asarray(v.numpy()) for v in optimizer.variables]
+        variables = optimizer.variables
+        arrays = [np.asarray(v.numpy()) for v in (variables() if callable(variables) else variables)]
         assert len(set(harness.gather(digest(arrays)))) == 1, "ranks ended with different optimizer variables"
 
 
@@ -160,10 +180,20 @@ def beside_plain(
             total = [g / micro for g in total]
         scale = getattr(plain, "loss_scale_factor", None) or 1.0
         expected = [scale * g for g in judge(harness.gather(total))]
-        plain.apply([keras.ops.convert_to_tensor(g.astype(np.float32)) for g in expected], twin.trainable_variables)
+        _apply(keras, plain, expected, twin.trainable_variables)
     if getattr(plain, "use_ema", False):
         plain.finalize_variable_values(twin.trainable_variables)
     for got, expected in zip(model.get_weights(), twin.get_weights(), strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
     assert_equal_bits(model, optimizer)
     return optimizer
+
+
+def _apply(keras: Any, optimizer: Any, gradients: Sequence[np.ndarray], variables: Sequence[Any]) -> None:
+    single = [gradient.astype(np.float32) for gradient in gradients]
+    if hasattr(keras, "ops"):
+        optimizer.apply([keras.ops.convert_to_tensor(g) for g in single], variables)
+    else:
+        import tensorflow as tf
+
+        optimizer.apply_gradients(zip(map(tf.constant, single), variables, strict=True))

@@ -2,70 +2,191 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from keras_job import KERAS_2, ON_TORCH
 
 pytestmark = [pytest.mark.ranks(2, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(240)]
 
 
-def resume(folder: str, which: str) -> list:
-    """Save on rank 0, load plainly and with this package, and go on."""
-    import importlib
-    import json
-    import zipfile
+def train_and_save(folder: str) -> dict[str, str]:
+    """Save after three steps in every format, resume from each, and go on exactly as without the interruption."""
+    import pickle
+    import warnings
 
-    if which == "tf_keras":
-        import adacons_hvd.tensorflow.keras as hvd
-    else:
-        import adacons_hvd.keras as hvd
     import harness
     import numpy as np
-    from keras_job import assert_equal_bits, data, network
+    from keras_job import assert_equal_bits, data, digest, keras_and_hvd, network
 
-    from adacons_hvd import AdaCons
-    from adacons_hvd.keras.common_callbacks import distributed_of
-    from adacons_hvd.keras.loading import load_model
+    from adacons_hvd import AdaCons, Mean
+    from adacons_hvd.keras.binding import distributed_part
 
-    keras = importlib.import_module(which)
-    hvd.init()
+    keras, hvd = keras_and_hvd()
+    major = int(keras.__version__.split(".")[0])
+    on_tensorflow = major == 2 or keras.backend.backend() == "tensorflow"
 
-    def wrap(optimizer):
-        return hvd.DistributedOptimizer(optimizer, aggregator=AdaCons(momentum=0.9))
+    class Own(keras.optimizers.Adam):
+        pass
+
+    def squash(x):
+        return x / (1 + abs(x))
 
     x, y = data(48)
-    model = network(keras)
-    model.compile(wrap(keras.optimizers.Adam(0.01)), loss="mse")
-    model.fit(x[:24], y[:24], batch_size=8, shuffle=False, verbose=0)
-    path = f"{folder}/{harness.rank()}.keras"
-    model.save(path)
-    config = json.loads(zipfile.ZipFile(path).read("config.json"))["compile_config"]["optimizer"]
-    state = distributed_of(model.optimizer)._adacons.exchange.state_dict()
 
-    plain = keras.models.load_model(path)
-    assert distributed_of(plain.optimizer) is None
-    assert type(plain.optimizer).__name__ == "Adam"
-    for a, b in zip(plain.optimizer.variables, model.optimizer.variables, strict=True):
-        assert (a.numpy() == b.numpy()).all()
+    def distributed(optimizer):
+        return hvd.DistributedOptimizer(optimizer, aggregator=AdaCons(momentum=0.9))
 
-    loaded = load_model(keras, path, wrap, None, None)
-    resumed = distributed_of(loaded.optimizer)._adacons.exchange.state_dict()
-    assert sorted(resumed) == sorted(state)
-    assert all(np.all(resumed[name] == state[name]) for name in state)
-    for each in (model, loaded):
-        each.fit(x[24:], y[24:], batch_size=8, shuffle=False, verbose=0)
-        assert_equal_bits(each)
-    for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
-    assert loaded.optimizer.report.steps == 6
-    return [config["module"], config["class_name"], len(state)]
+    def compiled(optimizer=None):
+        model = network(keras)
+        if major == 3:
+            model.layers[0].activation = squash
+        model.compile(distributed(optimizer or Own(0.01, clipnorm=0.5)), loss=keras.losses.MeanSquaredError())
+        return model
+
+    def fit(model, part):
+        model.fit(x[part], y[part], batch_size=8, shuffle=False, verbose=0)
+        return model
+
+    def exchange_of(model):
+        return distributed_part(model.optimizer)._adacons.exchange
+
+    def variables_of(optimizer):
+        variables = optimizer.variables
+        return [np.asarray(v.numpy()) for v in (variables() if callable(variables) else variables)]
+
+    first, second = slice(24), slice(24, 48)
+    model = fit(compiled(), first)
+    state = exchange_of(model).state_dict()
+    assert len(state) >= 6
+    warnings.simplefilter("ignore")  # that .h5 is an old format
+    rank = harness.rank()
+    paths = {"keras": f"{folder}/{rank}.keras", "h5": f"{folder}/{rank}.h5"}
+    for path in paths.values():
+        model.save(path)
+    if major == 2:
+        paths["folder"] = f"{folder}/{rank}.saved"
+        model.save(paths["folder"], save_format="tf")
+    else:
+        model.save_weights(f"{folder}/{rank}.weights.h5")
+    if on_tensorflow:
+        import tensorflow as tf
+
+        checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(f"{folder}/{rank}.checkpoint")
+    with open(f"{folder}/{rank}.pickle", "wb") as file:  # noqa: PTH123
+        pickle.dump((model.get_weights(), variables_of(model.optimizer)), file)
+    fit(model, second)
+    assert_equal_bits(model)
+    expected = digest(model.get_weights())
+
+    def resumed(loaded):
+        kept = exchange_of(loaded).state_dict()
+        assert sorted(kept) == sorted(state)
+        assert all(np.all(kept[name] == state[name]) for name in state)
+        fit(loaded, second)
+        assert loaded.optimizer.report.steps == 6
+        return "exact" if digest(loaded.get_weights()) == expected else "different"
+
+    results = {}
+    for name, path in paths.items():
+        loaded = hvd.load_model(path, [Own], {"squash": squash}, aggregator=AdaCons(momentum=0.9))
+        assert isinstance(loaded.optimizer, Own)
+        assert type(loaded.optimizer) is not Own
+        results[name] = resumed(loaded)
+    if major == 3:
+        loaded = compiled()
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.load_weights(f"{folder}/{rank}.weights.h5")
+        results["weights"] = resumed(loaded)
+    if on_tensorflow:
+        loaded = compiled()
+        loaded.optimizer.build(loaded.trainable_variables)
+        tf.train.Checkpoint(model=loaded, optimizer=loaded.optimizer).read(checkpoint).assert_consumed()
+        results["checkpoint"] = resumed(loaded)
+    # Without this package's arguments the optimizer averages, and keeps what it cannot use for itself.
+    averaging = hvd.load_model(paths["keras"], custom_objects={"squash": squash, "Own": Own})
+    assert averaging.optimizer.aggregator in (None, Mean())
+    assert_equal_bits(fit(averaging, second))
+    return results
 
 
-def test_saving_loading_resuming(cluster, tmp_path):
-    assert cluster.run(resume, str(tmp_path), "keras") == [["keras.optimizers", "Adam", 6]] * 2
+#: Loads what ``train_and_save`` saved where neither this package nor Horovod can be imported.
+WITHOUT = """
+import pickle, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("adacons_hvd", "horovod"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+keras = __import__(sys.argv[1])
+import numpy as np
+
+for name in ("adacons_hvd", "horovod"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(f"{name} is here")
+
+class Own(keras.optimizers.Adam):
+    pass
+
+def squash(x):
+    return x / (1 + abs(x))
+
+weights, variables = pickle.load(open("0.pickle", "rb"))
+for path in sys.argv[2:]:
+    model = keras.models.load_model(path, custom_objects={"Own": Own, "squash": squash})
+    assert type(model.optimizer) is Own, type(model.optimizer)
+    found = model.optimizer.variables
+    found = [v.numpy() for v in (found() if callable(found) else found)]
+    for some, others in ((model.get_weights(), weights), (found, variables)):
+        assert len(some) == len(others)
+        assert all(np.all(a == b) for a, b in zip(some, others))
+    model.fit(np.ones((8, 6)), np.ones((8, 1)), verbose=0)
+    print("loaded", path)
+"""
 
 
-def test_saving_loading_resuming_with_keras_2(cluster, tmp_path):
-    result = cluster.run(resume, str(tmp_path), "tf_keras")
-    assert [r[1:] for r in result] == [["Adam", 6]] * 2
+def load_without_this_package(keras: str, folder: Path, files: list[str], env: dict[str, str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT, keras, *files],
+        cwd=folder,
+        env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **env, "TF_CPP_MIN_LOG_LEVEL": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"loaded {file}" for file in files]
+
+
+def test_saving_and_loading(cluster, tmp_path):
+    expected = dict.fromkeys(["keras", "h5", "weights", "checkpoint"], "exact")
+    assert cluster.run(train_and_save, str(tmp_path)) == [expected] * 2
+    # Not the .h5: what plain Keras 3 loads from one cannot train, whoever wrote it.
+    load_without_this_package("keras", tmp_path, ["0.keras"], {})
+
+
+@pytest.mark.ranks(2, launcher="mpi", **ON_TORCH)
+def test_saving_and_loading_on_torch(cluster, tmp_path):
+    expected = dict.fromkeys(["keras", "h5", "weights"], "exact")
+    assert cluster.run(train_and_save, str(tmp_path)) == [expected] * 2
+    load_without_this_package("keras", tmp_path, ["0.keras"], ON_TORCH["env"])
+
+
+@pytest.mark.ranks(2, launcher="mpi", **KERAS_2)
+def test_saving_and_loading_with_keras_2(cluster, tmp_path):
+    # From a SavedModel Keras 2 takes no optimizer's variables, with or without this package; what the aggregator
+    # remembers is kept all the same.
+    expected = {"keras": "exact", "h5": "exact", "folder": "different", "checkpoint": "exact"}
+    assert cluster.run(train_and_save, str(tmp_path)) == [expected] * 2
+    load_without_this_package("tf_keras", tmp_path, ["0.keras", "0.h5"], KERAS_2["env"])
 
 
 def test_configurations(cluster):
@@ -74,7 +195,7 @@ def test_configurations(cluster):
 
         import adacons_hvd.keras as hvd
         from adacons_hvd import AdaCons
-        from adacons_hvd.keras.optimizer import Distributed
+        from adacons_hvd.keras.binding import Distributed
 
         hvd.init()
         original = keras.optimizers.Adam(0.25, beta_1=0.5)
@@ -91,160 +212,236 @@ def test_configurations(cluster):
     assert cluster.run(configure) == [expected] * 2
 
 
-def test_callbacks(cluster, tmp_path):
-    def callbacks(folder: str) -> dict:
-        import csv
+def callbacks(folder: str) -> dict:
+    import csv
 
-        import harness
-        import keras
-        import numpy as np
-        from keras_job import assert_equal_bits, data, network
+    import harness
+    import numpy as np
+    from keras_job import assert_equal_bits, data, keras_and_hvd, network
 
-        import adacons_hvd.keras as hvd
-        from adacons_hvd import AdaCons
+    from adacons_hvd import AdaCons
 
-        hvd.init()
-        model = network(keras)
-        model.set_weights([w + harness.rank() for w in model.get_weights()])  # they start apart
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.04, momentum=0.9), aggregator=AdaCons())
-        model.compile(optimizer, loss="mse")
-        rates = []
+    keras, hvd = keras_and_hvd()
+    model = network(keras)
+    model.set_weights([w + harness.rank() for w in model.get_weights()])  # they start apart
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.04, momentum=0.9), aggregator=AdaCons())
+    model.compile(optimizer, loss="mse")
+    rates = []
 
-        class Watch(keras.callbacks.Callback):
-            def on_train_batch_end(self, batch, logs=None):
-                rates.append(float(model.optimizer.learning_rate.numpy()))
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            rates.append(float(model.optimizer.learning_rate.numpy()))
 
-        file = f"{folder}/{harness.rank()}.csv"
-        history = model.fit(
-            *data(16),
-            batch_size=8,
-            epochs=3,
-            verbose=0,
-            callbacks=[
-                hvd.callbacks.BroadcastGlobalVariablesCallback(0),
-                hvd.callbacks.MetricAverageCallback(),
-                hvd.callbacks.LearningRateWarmupCallback(0.04, warmup_epochs=2),
-                hvd.callbacks.LearningRateScheduleCallback(0.04, 0.1, start_epoch=2),
-                hvd.callbacks.AggregationLogger(),
-                hvd.callbacks.BestModelCheckpoint("loss", filepath=f"{folder}/{harness.rank()}.keras"),
-                keras.callbacks.CSVLogger(file),
-                Watch(),
-            ],
-        ).history
-        assert_equal_bits(model, optimizer)
-        with open(file) as lines:  # noqa: PTH123
-            columns = next(csv.reader(lines))
-        np.testing.assert_allclose(rates, [0.025, 0.03, 0.035, 0.04, 0.04, 0.04], rtol=1e-5)
-        assert history["adacons_spread"][-1] == max(optimizer.report.spread) > 0
-        return {
-            "loss": history["loss"],
-            "lr": [round(rate, 6) for rate in history["lr"]],
-            "fallbacks": history["adacons_fallbacks"],
-            "columns": sorted(c for c in columns if not c.startswith("val_")),
-        }
+    file = f"{folder}/{harness.rank()}.csv"
+    history = model.fit(
+        *data(16),
+        batch_size=8,
+        epochs=3,
+        verbose=0,
+        callbacks=[
+            hvd.callbacks.BroadcastGlobalVariablesCallback(0),
+            hvd.callbacks.MetricAverageCallback(),
+            hvd.callbacks.LearningRateWarmupCallback(0.04, warmup_epochs=2),
+            hvd.callbacks.LearningRateScheduleCallback(0.04, 0.1, start_epoch=2),
+            hvd.callbacks.AggregationLogger(),
+            hvd.callbacks.BestModelCheckpoint("loss", filepath=f"{folder}/{harness.rank()}.keras"),
+            keras.callbacks.CSVLogger(file),
+            Watch(),
+        ],
+    ).history
+    assert_equal_bits(model, optimizer)
+    with open(file) as lines:  # noqa: PTH123
+        columns = next(csv.reader(lines))
+    np.testing.assert_allclose(rates, [0.025, 0.03, 0.035, 0.04, 0.04, 0.04], rtol=1e-5)
+    assert history["adacons_spread"][-1] == max(optimizer.report.spread) > 0
+    return {
+        "loss": history["loss"],
+        "lr": [round(rate, 6) for rate in history["lr"]],
+        "fallbacks": history["adacons_fallbacks"],
+        "columns": sorted(c for c in columns if not c.startswith("val_")),
+    }
 
-    first, second = cluster.run(callbacks, str(tmp_path))
+
+def assert_callbacks_worked(results: list[dict]) -> None:
+    first, second = results
     assert first == second  # the loss, too: it is averaged
     assert first["lr"] == [0.03, 0.04, 0.04]
     assert first["fallbacks"] == [0, 0, 0]
     assert first["columns"] == ["adacons_fallbacks", "adacons_spread", "epoch", "loss", "lr"]
 
 
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_callbacks(cluster, tmp_path):
+    assert_callbacks_worked(cluster.run(callbacks, str(tmp_path)))
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+def test_callbacks_on_torch(cluster, tmp_path):
+    assert_callbacks_worked(cluster.run(callbacks, str(tmp_path)))
+
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+def test_callbacks_of_keras_2(cluster, tmp_path):
+    assert_callbacks_worked(cluster.run(callbacks, str(tmp_path)))
+
+
+def correct(name: str) -> list[list[float]]:
+    """Halve the rate after one step: the velocity that is left, over what it was before, by variable."""
+    import numpy as np
+    from keras_job import data, keras_and_hvd, network
+
+    keras, hvd = keras_and_hvd()
+    cls = keras.optimizers.legacy.SGD if name == "legacy" else keras.optimizers.SGD
+    model = network(keras)
+    model.compile(hvd.DistributedOptimizer(cls(0.1, momentum=0.9)), loss="mse")
+    model.fit(*data(8), batch_size=8, verbose=0)
+
+    def velocities():
+        if name == "legacy":
+            return [model.optimizer.get_slot(v, "momentum") for v in model.trainable_variables]
+        return model.optimizer.momentums
+
+    before = [np.array(v.numpy()) for v in velocities()]
+    callback = hvd.callbacks.LearningRateScheduleCallback(0.1, lambda epoch: 0.5)
+    callback.set_model(model)
+    callback.on_epoch_begin(0)
+    callback.on_train_batch_begin(0)
+    return [float(np.median(v.numpy() / b)) for v, b in zip(velocities(), before, strict=True)]
+
+
 def test_momentum_correction_keeps_the_velocity_in_step(cluster):
-    def correct() -> bool:
-        import keras
-        import numpy as np
-        from keras_job import network
+    assert cluster.run(correct, "SGD") == [[0.5] * 4] * 2
 
-        import adacons_hvd.keras as hvd
 
-        hvd.init()
-        model = network(keras)
-        model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9)), loss="mse")
-        model.optimizer.build(model.trainable_variables)
-        for velocity in model.optimizer.momentums:
-            velocity.assign(np.ones(velocity.shape))
-        callback = hvd.callbacks.LearningRateScheduleCallback(0.1, lambda epoch: 0.5)
-        callback.set_model(model)
-        callback.on_epoch_begin(0)
-        callback.on_train_batch_begin(0)
-        return all((v.numpy() == 0.5).all() for v in model.optimizer.momentums)
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+def test_momentum_correction_on_torch(cluster):
+    assert cluster.run(correct, "SGD") == [[0.5] * 4] * 2
 
-    assert cluster.run(correct) == [True, True]
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+@pytest.mark.parametrize("name", ["SGD", "legacy"])
+def test_momentum_correction_of_keras_2(cluster, name):
+    assert cluster.run(correct, name) == [[0.5] * 4] * 2
+
+
+def elastic_state() -> list:
+    import harness
+    import numpy as np
+    from keras_job import assert_equal_bits, data, digest, keras_and_hvd, network
+
+    from adacons_hvd import AdaCons
+
+    keras, hvd = keras_and_hvd()
+    model = network(keras)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), aggregator=AdaCons())
+    model.compile(optimizer, loss="mse")
+    x, y = data(32)
+    model.fit(x[:16], y[:16], batch_size=8, verbose=0)
+    state = hvd.elastic.KerasState(model, batch=0, epoch=7)
+    committed = digest(model.get_weights())
+    model.fit(x[16:], y[16:], batch_size=8, verbose=0)
+    assert digest(model.get_weights()) != committed
+    assert optimizer.report.steps == 4
+    state.restore()
+    assert digest(model.get_weights()) == committed
+    assert optimizer._adacons.exchange.state_dict()["steps"].tolist() == [[2.0]]
+
+    # A rank that comes back with other values takes up those of rank 0.
+    if harness.rank():
+        model.set_weights([w + 1 for w in model.get_weights()])
+        state.epoch = 0
+    state.sync()
+    assert_equal_bits(model, optimizer)
+    state.on_reset()
+    callbacks = [
+        hvd.elastic.CommitStateCallback(state, batches_per_commit=2),
+        hvd.elastic.UpdateBatchStateCallback(state),
+        hvd.elastic.UpdateEpochStateCallback(state),
+    ]
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
+    assert_equal_bits(model, optimizer)
+    return [state.epoch, state.batch, optimizer.report.steps, np.isfinite(model.get_weights()[0]).all()]
 
 
 def test_elastic_state(cluster):
-    def elastic() -> list:
-        import harness
-        import keras
-        import numpy as np
+    assert cluster.run(elastic_state) == [[8, 0, 6, True]] * 2
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+def test_elastic_state_on_torch(cluster):
+    assert cluster.run(elastic_state) == [[8, 0, 6, True]] * 2
+
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+def test_elastic_state_of_keras_2(cluster):
+    assert cluster.run(elastic_state) == [[8, 0, 6, True]] * 2
+
+
+def test_a_failed_collective_is_what_horovod_takes_it_for(cluster):
+    def fail() -> list[str]:
+        import tensorflow as tf
         from horovod.common.exceptions import HorovodInternalError
-        from keras_job import assert_equal_bits, data, digest, network
 
         import adacons_hvd.keras as hvd
-        from adacons_hvd import AdaCons
+
+        class State:
+            """As much of a state as a function needs that fails at once."""
+
+            def sync(self): ...
+
+            def on_hosts_updated(self, *args): ...
+
+            def register_host_messages(self): ...
+
+            def restore(self):
+                raise KeyboardInterrupt("restored")  # there is no new job to go on in
 
         hvd.init()
-        model = network(keras)
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), aggregator=AdaCons())
-        model.compile(optimizer, loss="mse")
-        x, y = data(32)
-        model.fit(x[:16], y[:16], batch_size=8, verbose=0)
-        state = hvd.elastic.KerasState(model, batch=0, epoch=7)
-        committed = digest(model.get_weights())
-        model.fit(x[16:], y[16:], batch_size=8, verbose=0)
-        assert digest(model.get_weights()) != committed
-        assert optimizer.report.steps == 4
-        state.restore()
-        assert digest(model.get_weights()) == committed
-        assert optimizer._adacons.exchange.state_dict()["steps"].tolist() == [[2.0]]
+        outcomes = []
+        for message in ("adacons.tf.0.flags: HorovodAllreduce: shut down", "out of memory"):
 
-        # A rank that comes back with other values takes up those of rank 0.
-        if harness.rank():
-            model.set_weights([w + 1 for w in model.get_weights()])
-            state.epoch = 0
-        state.sync()
-        assert_equal_bits(model, optimizer)
-        state.on_reset()
-        callbacks = [
-            hvd.elastic.CommitStateCallback(state, batches_per_commit=2),
-            hvd.elastic.UpdateBatchStateCallback(state),
-            hvd.elastic.UpdateEpochStateCallback(state),
-        ]
-        model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
-        assert_equal_bits(model, optimizer)
+            def failing(state, message=message):
+                raise tf.errors.UnknownError(None, None, message)
 
-        import tensorflow as tf
+            with pytest.raises((KeyboardInterrupt, tf.errors.UnknownError, HorovodInternalError)) as caught:
+                hvd.elastic.run(failing)(State())
+            outcomes.append(type(caught.value).__name__)
+        return outcomes
 
-        def failing(state):
-            raise tf.errors.UnknownError(None, None, "adacons.tf.0.flags: HorovodAllreduce: shut down")
+    assert cluster.run(fail) == [["KeyboardInterrupt", "UnknownError"]] * 2
 
-        from adacons_hvd.keras import common_elastic
 
-        attempt = common_elastic.make_elastic(keras, "tensorflow")["run"](failing).__closure__
-        inner = next(c.cell_contents for c in attempt if getattr(c.cell_contents, "__name__", "") == "failing")
-        with pytest.raises(HorovodInternalError):
-            inner(state)
-        return [state.epoch, state.batch, optimizer.report.steps, np.isfinite(model.get_weights()[0]).all()]
+def missing(module: str) -> list[str]:
+    """The public names of Horovod's module that ours lacks."""
+    import importlib
+    from types import ModuleType
 
-    assert cluster.run(elastic) == [[8, 0, 6, True]] * 2
+    theirs = importlib.import_module(f"horovod.{module}")
+    ours = importlib.import_module(f"adacons_hvd.{module}")
+    names = [n for n, v in vars(theirs).items() if n[0] != "_" and not isinstance(v, ModuleType)]
+    for sub in ("callbacks", "elastic"):
+        if hasattr(theirs, sub):
+            theirs_sub, ours_sub = getattr(theirs, sub), getattr(ours, sub)
+            assert ours_sub.__name__.startswith("adacons_hvd")
+            own = getattr(theirs_sub, "__all__", [n for n in vars(theirs_sub) if n[0] != "_"])
+            own = [n for n in own if not isinstance(getattr(theirs_sub, n), ModuleType)]
+            # Neither what it imports from Keras nor its helpers.
+            of_horovod = [n for n in own if getattr(theirs_sub, n).__module__.startswith("horovod")]
+            names += [f"{sub}.{n}" for n in of_horovod if n != "is_version_greater_equal_than"]
+    found = set(dir(ours)) | {f"{sub}.{n}" for sub in ("callbacks", "elastic") for n in dir(getattr(ours, sub, None))}
+    return [name for name in names if name not in found]
 
 
 @pytest.mark.parametrize("module", ["keras", "tensorflow.keras", "tensorflow"])
 def test_every_public_name_of_horovods_module(cluster, module):
-    def missing(module: str) -> list[str]:
-        import importlib
-        from types import ModuleType
-
-        theirs = importlib.import_module(f"horovod.{module}")
-        ours = importlib.import_module(f"adacons_hvd.{module}")
-        names = [n for n, v in vars(theirs).items() if n[0] != "_" and not isinstance(v, ModuleType)]
-        for sub in ("callbacks", "elastic"):
-            if hasattr(theirs, sub):
-                theirs_sub, ours_sub = getattr(theirs, sub), getattr(ours, sub)
-                assert module == "tensorflow" or ours_sub.__name__.startswith("adacons_hvd")
-                own = [n for n, v in vars(theirs_sub).items() if n[0] != "_" and isinstance(v, type)]
-                names += [f"{sub}.{n}" for n in own if hasattr(theirs_sub, n) and not hasattr(ours_sub, n)]
-        return [name for name in names if not hasattr(ours, name)]
-
     assert cluster.run(missing, module) == [[], []]
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+def test_every_public_name_on_torch(cluster):
+    assert cluster.run(missing, "keras", fresh=True) == [[], []]
+
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+def test_every_public_name_with_keras_2(cluster):
+    assert cluster.run(missing, "tensorflow.keras") == [[], []]

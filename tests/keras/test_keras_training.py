@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from keras_job import KERAS_2, ON_TORCH
 
 pytestmark = [pytest.mark.ranks(2, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(240)]
 
@@ -38,21 +39,51 @@ VARIANTS = {
 }
 
 
-def train(make: str, **options) -> int:
-    import keras
-    from keras_job import beside_plain
+#: What Keras 2 has of these, and its older optimizers.
+OF_KERAS_2 = {
+    **{k: v for k, v in VARIANTS.items() if "accumulation" not in k and k != "loss_scale_factor"},
+    "legacy": {"make": "legacy.SGD(0.05, momentum=0.9)"},
+    "legacy Adam": {"make": "legacy.Adam(0.01)", "schedule": "one-pass"},
+    "legacy clipnorm": {"make": "legacy.SGD(0.05, clipnorm=0.1)"},
+    "legacy global_clipnorm": {"make": "legacy.SGD(0.05, global_clipnorm=0.3)"},
+    "legacy rate schedule": {"make": "legacy.SGD(schedules.ExponentialDecay(0.1, 1, 0.5))"},
+    "legacy backward_passes_per_step": {**VARIANTS["backward_passes_per_step"], "make": "legacy.SGD(0.02)"},
+}
 
-    import adacons_hvd.keras as hvd
 
-    hvd.init()
-    optimizers = {**vars(keras.optimizers)}
-    optimizer = beside_plain(keras, hvd, lambda: eval(make, optimizers), **options)
-    return optimizer.report.steps
+def train(variants: dict) -> list[str]:
+    """Train by each of these; the names of those that took four steps."""
+    from keras_job import beside_plain, keras_and_hvd
+
+    keras, hvd = keras_and_hvd()
+    optimizers = {name: getattr(keras.optimizers, name) for name in dir(keras.optimizers)}
+    done = []
+    for name, options in variants.items():
+        more = dict(options)
+        make = eval(f"lambda: {more.pop('make')}", optimizers)
+        try:
+            optimizer = beside_plain(keras, hvd, make, **more)
+        except Exception as error:
+            raise AssertionError(f"failed with {name}") from error
+        if optimizer.report.steps == 4:
+            done.append(name)
+    return done
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_optimizer_options(cluster, variant):
-    assert cluster.run(train, **VARIANTS[variant]) == [4, 4]
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_optimizer_options(cluster):
+    assert cluster.run(train, VARIANTS) == [list(VARIANTS)] * 2
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+def test_optimizer_options_on_torch(cluster):
+    variants = {name: options for name, options in VARIANTS.items() if name != "steps_per_execution"}
+    assert cluster.run(train, variants) == [list(variants)] * 2
+
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+def test_optimizer_options_of_keras_2(cluster):
+    assert cluster.run(train, OF_KERAS_2) == [list(OF_KERAS_2)] * 2
 
 
 def test_embeddings_with_repeated_rows(cluster):
@@ -86,43 +117,55 @@ def test_embeddings_with_repeated_rows(cluster):
     assert cluster.run(embedded) == [3, 3]
 
 
+def mixed(explicit: bool) -> list[float]:
+    import numpy as np
+    from keras_job import assert_equal_bits, data, keras_and_hvd, network
+
+    from adacons_hvd import AdaCons
+
+    keras, hvd = keras_and_hvd()
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        model = network(keras)
+        inner = keras.optimizers.SGD(0.01)
+        if explicit:
+            optimizer = hvd.DistributedOptimizer(
+                keras.mixed_precision.LossScaleOptimizer(inner, initial_scale=64.0), aggregator=AdaCons()
+            )
+        else:
+            optimizer = hvd.DistributedOptimizer(inner, aggregator=AdaCons())
+        model.compile(optimizer, loss="mse")
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    scaled = model.optimizer
+    assert scaled.inner_optimizer.aggregator == AdaCons()
+    x, y = data(32)
+    if hvd.rank() == 1:
+        y[8:16] = np.inf  # the second of four steps overflows, on this rank only
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    assert_equal_bits(model, scaled)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    scale = scaled.dynamic_scale if hasattr(scaled, "dynamic_scale") else scaled.loss_scale
+    return [float(scale.numpy()) / scaled.initial_scale, float(scaled.inner_optimizer.report.steps)]
+
+
 def test_mixed_precision_skips_a_step_on_every_rank_together(cluster):
-    def mixed(explicit: bool) -> list[float]:
-        import keras
-        import numpy as np
-        from keras_job import assert_equal_bits, data, network
-
-        import adacons_hvd.keras as hvd
-        from adacons_hvd import AdaCons
-
-        hvd.init()
-        keras.mixed_precision.set_global_policy("mixed_float16")
-        try:
-            model = network(keras)
-            inner = keras.optimizers.SGD(0.01)
-            if explicit:
-                optimizer = hvd.DistributedOptimizer(
-                    keras.optimizers.LossScaleOptimizer(inner, initial_scale=64.0), aggregator=AdaCons()
-                )
-            else:
-                optimizer = hvd.DistributedOptimizer(inner, aggregator=AdaCons())
-            model.compile(optimizer, loss="mse")
-        finally:
-            keras.mixed_precision.set_global_policy("float32")
-        scaled = model.optimizer
-        assert isinstance(scaled, keras.optimizers.LossScaleOptimizer)
-        x, y = data(32)
-        if hvd.rank() == 1:
-            y[8:16] = np.inf  # the second of four steps overflows, on this rank only
-        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
-        assert_equal_bits(model, scaled)
-        assert all(np.isfinite(w).all() for w in model.get_weights())
-        report = scaled.inner_optimizer.report
-        return [float(scaled.dynamic_scale.numpy()) / scaled.initial_scale, float(report.steps)]
-
     # Keras' own first scale is so large that the first step overflows, too.
     assert cluster.run(mixed, False) == [[0.25, 2.0]] * 2
     assert cluster.run(mixed, True) == [[0.5, 3.0]] * 2
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+def test_mixed_precision_on_torch(cluster):
+    assert cluster.run(mixed, False) == [[0.25, 2.0]] * 2
+    assert cluster.run(mixed, True) == [[0.5, 3.0]] * 2
+
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+def test_mixed_precision_of_keras_2(cluster):
+    # It looks at gradients after they are aggregated, so every step counts.
+    assert cluster.run(mixed, False) == [[0.25, 4.0]] * 2
+    assert cluster.run(mixed, True) == [[0.5, 4.0]] * 2
 
 
 def test_jit_compile_is_turned_off_with_one_message(cluster):
@@ -164,31 +207,42 @@ def test_jit_compile_is_turned_off_with_one_message(cluster):
     assert results[0][1].endswith("trains with jit_compile=False.")
 
 
-def test_layers_frozen_midway(cluster):
-    def freeze() -> list[float]:
-        import keras
-        import numpy as np
-        from keras_job import assert_equal_bits, data, network
+def freeze(granularity: str) -> list[float]:
+    import numpy as np
+    from keras_job import assert_equal_bits, data, keras_and_hvd, network
 
-        import adacons_hvd.keras as hvd
-        from adacons_hvd import AdaCons
+    from adacons_hvd import AdaCons
 
-        hvd.init()
-        model = network(keras)
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), aggregator=AdaCons())
+    keras, hvd = keras_and_hvd()
+    model = network(keras)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), aggregator=AdaCons(), granularity=granularity)
+    counts = []
+    for trainable in (True, False, True):
+        before = [np.array(w) for w in model.get_weights()]
+        model.layers[0].trainable = trainable
         model.compile(optimizer, loss="mse")
         model.fit(*data(24), batch_size=8, verbose=0)
-        before = [np.array(w) for w in model.layers[0].get_weights()]
-        last = np.array(model.layers[1].get_weights()[0])
-        model.layers[0].trainable = False
-        model.compile(optimizer, loss="mse")
-        model.fit(*data(24), batch_size=8, verbose=0)
-        assert all((a == b).all() for a, b in zip(before, model.layers[0].get_weights(), strict=True))
-        assert (last != model.layers[1].get_weights()[0]).any()
+        changed = [bool((a != b).any()) for a, b in zip(before, model.get_weights(), strict=True)]
+        assert changed == [trainable] * 2 + [True] * 2
         assert_equal_bits(model, optimizer)
-        return [optimizer.report.steps]
+        counts.append(optimizer._adacons.exchange.state_dict()["steps"].reshape(-1).tolist())
+    return counts
 
-    assert cluster.run(freeze) == [[6.0], [6.0]]
+
+def test_layers_frozen_midway(cluster):
+    assert cluster.run(freeze, "model") == [[[3], [6], [9]]] * 2
+    # What is remembered of a layer is kept while it is frozen.
+    assert cluster.run(freeze, "layer") == [[[3] * 4, [6] * 2, [3] * 2 + [9] * 2]] * 2
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+def test_layers_frozen_midway_on_torch(cluster):
+    assert cluster.run(freeze, "model") == [[[3], [6], [9]]] * 2
+
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+def test_layers_frozen_midway_with_keras_2(cluster):
+    assert cluster.run(freeze, "model") == [[[3], [6], [9]]] * 2
 
 
 def test_a_rank_that_freezes_alone_is_an_error_everywhere(cluster):
@@ -214,43 +268,63 @@ def test_a_rank_that_freezes_alone_is_an_error_everywhere(cluster):
     assert cluster.run(freeze_alone) == ["InvalidArgumentError", "DisagreementError"]
 
 
-@pytest.mark.parametrize("difference", ["aggregator", "no aggregator", "schedule", "model", "loss scaling"])
-def test_ranks_that_disagree_get_an_error_at_the_first_step(cluster, difference):
-    def disagree(difference: str) -> str:
-        import keras
-        from keras_job import data, network
+def disagree(difference: str) -> str:
+    from keras_job import data, keras_and_hvd, network
 
-        import adacons_hvd.keras as hvd
-        from adacons_hvd import AdaCons
-        from adacons_hvd.agreement import DisagreementError
+    from adacons_hvd import AdaCons
+    from adacons_hvd.agreement import DisagreementError
 
-        hvd.init()
-        odd = hvd.rank() == 1
-        options = {"aggregator": AdaCons(), "schedule": "one-pass"}
-        model = network(keras)
-        if odd and difference == "aggregator":
-            options["aggregator"] = AdaCons(momentum=0.5)
-        if odd and difference == "no aggregator":
-            options["aggregator"] = None
-        if odd and difference == "schedule":
-            options["schedule"] = "gather"
-        if odd and difference == "model":
-            model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4), keras.layers.Dense(1)])
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), **options)
-        if odd and difference == "loss scaling":
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        model.compile(optimizer, loss="mse")
-        with pytest.raises(DisagreementError) as caught:
-            model.fit(*data(16), batch_size=8, verbose=0)
-        return str(caught.value)
+    keras, hvd = keras_and_hvd()
+    odd = hvd.rank() == 1
+    options = {"aggregator": AdaCons(), "schedule": "one-pass"}
+    model = network(keras)
+    if odd and difference == "aggregator":
+        options["aggregator"] = AdaCons(momentum=0.5)
+    if odd and difference == "no aggregator":
+        options["aggregator"] = None
+    if odd and difference == "schedule":
+        options["schedule"] = "gather"
+    if odd and difference == "granularity":
+        options["granularity"] = "layer"
+    if odd and difference == "model":
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), **options)
+    if odd and difference == "loss scaling":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer, loss="mse", run_eagerly=difference == "granularity")
+    with pytest.raises(DisagreementError) as caught:
+        model.fit(*data(16), batch_size=8, verbose=0)
+    return str(caught.value)
 
-    first, second = cluster.run(disagree, difference)
+
+def assert_one_error(messages: list[str], difference: str) -> None:
+    first, second = messages
     assert first.splitlines()[-3:] == second.splitlines()[-3:] or difference == "loss scaling"
     assert "the ranks do not agree" in second
-    word = {"no aggregator": "aggregator", "model": "parameters", "loss scaling": "loss_scaling"}
-    assert f"{word.get(difference, difference)}" in first
+    words = {"no aggregator": "aggregator", "model": "parameters", "loss scaling": "loss_scaling"}
+    assert words.get(difference, difference) in first
     assert "rank 0" in first
     assert "rank 1" in first
+
+
+DIFFERENCES = ["aggregator", "no aggregator", "schedule", "granularity", "model"]
+
+
+@pytest.mark.parametrize("difference", [*DIFFERENCES, "loss scaling"])
+def test_ranks_that_disagree_get_an_error_at_the_first_step(cluster, difference):
+    assert_one_error(cluster.run(disagree, difference), difference)
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_ranks_that_disagree_on_torch(cluster, difference):
+    assert_one_error(cluster.run(disagree, difference), difference)
+
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_ranks_that_disagree_with_keras_2(cluster, difference):
+    assert_one_error(cluster.run(disagree, difference), difference)
 
 
 def test_batches_of_other_sizes_retrace_on_one_rank_alone(cluster):

@@ -1,0 +1,85 @@
+"""What a step leaves in a graph, and what every rank remembers."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow"), pytest.mark.time_limit(120)]
+
+
+def test_nothing_goes_through_python_and_steps_are_traced_once(cluster):
+    def trace() -> list:
+        import keras
+        import tensorflow as tf
+        from keras_job import data, network
+
+        import adacons_hvd.keras as keras_hvd
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        model = network(keras)
+        optimizer = keras_hvd.DistributedOptimizer(
+            keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01)), aggregator=AdaCons(), schedule="one-pass"
+        )
+        weights = [tf.Variable(tf.ones((7, 3))), tf.Variable(tf.ones((30, 2)))]
+        traces = []
+
+        @tf.function
+        def step(x, y, rows):
+            traces.append(1)
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(model(x) - y))
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+            for schedule in ("two-pass", "one-pass", "gather"):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_sum(weights[0]) + tf.reduce_sum(tf.gather(weights[1], rows))
+                tape = hvd.DistributedGradientTape(tape, aggregator=AdaCons(), schedule=schedule)
+                loss += tf.add_n([tf.reduce_sum(tf.convert_to_tensor(g)) for g in tape.gradient(loss, weights)])
+            return loss
+
+        x, y = data(8)
+        optimizer.build(model.trainable_variables)
+        for number in range(4):
+            step(tf.constant(x), tf.constant(y), tf.constant([1, number]))
+        graph = step.get_concrete_function(tf.constant(x), tf.constant(y), tf.constant([1, 2])).graph.as_graph_def()
+        nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+        kinds = {node.op for node in nodes}
+        assert {"HorovodAllreduce", "HorovodAlltoall", "HorovodAllgather"} <= kinds
+        names = [node.name for node in nodes if node.op.startswith("Horovod")]
+        assert len(names) > 20
+        return [len(traces), sorted(kind for kind in kinds if "Py" in kind)]
+
+    assert cluster.run(trace) == [[1, []]] * 2
+
+
+def test_a_checkpoint_restored_on_one_rank_is_everyones(cluster):
+    def restore_on_rank_0() -> list:
+        import keras
+        from keras_job import assert_equal_bits, data, network
+
+        import adacons_hvd.keras as hvd
+        import adacons_hvd.tensorflow as tensorflow_hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        model = network(keras)
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), aggregator=AdaCons(momentum=0.9))
+        model.compile(optimizer, loss="mse")
+        model.fit(*data(24), batch_size=8, verbose=0, shuffle=False)
+        exchange = optimizer._adacons.exchange
+        state = exchange.state_dict()
+        blank = {name: value * 0 if name not in ("version", "workers") else value for name, value in state.items()}
+        if hvd.rank() == 0:
+            blank = {**state, "curve": state["curve"] + 1, "steps": state["steps"] + 4}
+        exchange.load_state_dict(blank)
+        # What plain Horovod has users do after that; neither call knows of the aggregator.
+        tensorflow_hvd.broadcast_variables([v.value for v in model.variables], root_rank=0)
+        tensorflow_hvd.broadcast_variables([v.value for v in optimizer.variables], root_rank=0)
+        model.fit(*data(8, seed=1), batch_size=8, verbose=0, shuffle=False)
+        assert_equal_bits(model, optimizer)
+        return [optimizer.report.steps, exchange.state_dict()["curve"].tolist()]
+
+    first, second = cluster.run(restore_on_rank_0)
+    assert first == second
+    assert first[0] == 8

@@ -1,0 +1,86 @@
+"""What ranks must agree on, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow"), pytest.mark.time_limit(120)]
+
+
+@pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
+@pytest.mark.parametrize("difference", ["aggregator", "no aggregator", "schedule", "granularity", "bucket_bytes"])
+def test_tapes_that_differ_are_an_error_on_every_rank(cluster, in_graph, difference):
+    def disagree(in_graph: bool, difference: str) -> str:
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+        from adacons_hvd.agreement import DisagreementError
+
+        hvd.init()
+        weights = tf.Variable([1.0, 2.0])
+        options = {"aggregator": AdaCons(), "schedule": "one-pass"}
+        others = {"aggregator": AdaCons(momentum=0), "schedule": "gather", "granularity": "layer", "bucket_bytes": 8}
+        if hvd.rank() == 1:
+            options[difference.removeprefix("no ")] = others.get(difference)
+
+        def step():
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(weights * weights)
+            return hvd.DistributedGradientTape(tape, **options).gradient(loss, weights)
+
+        with pytest.raises(DisagreementError) as caught:
+            (tf.function(step) if in_graph else step)()
+        # AutoGraph puts lines of its own around the message.
+        return next(line.strip() for line in str(caught.value).splitlines() if " on rank 1" in line)
+
+    first, second = cluster.run(disagree, in_graph, difference)
+    assert first == second
+    assert first.startswith(difference.removeprefix("no "))
+
+
+def test_checkpoints_hold_what_tapes_remember(cluster, tmp_path):
+    def resume(folder: str) -> list[float]:
+        import numpy as np
+        import tensorflow as tf
+        from tf_job import fixed_gradients, pulling
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+
+        def steps(weights, numbers):
+            for number in numbers:
+                fixed = fixed_gradients(hvd.rank(), number, [(5,), (3, 2)])
+                for schedule in ("one-pass", "gather"):
+                    with tf.GradientTape() as tape:
+                        loss = pulling(weights, fixed)
+                    tape = hvd.DistributedGradientTape(tape, aggregator=AdaCons(momentum=0.9), schedule=schedule)
+                    for weight, gradient in zip(weights, tape.gradient(loss, weights), strict=True):
+                        weight.assign_sub(0.1 * gradient)
+            return tape.report
+
+        def fresh():
+            return [tf.Variable(tf.ones(5)), tf.Variable(tf.ones((3, 2)))]
+
+        weights = fresh()
+        checkpoint = tf.train.Checkpoint(weights=weights, tapes=hvd.TapeState())
+        steps(weights, range(3))
+        path = checkpoint.write(f"{folder}/{hvd.rank()}")
+        steps(weights, range(3, 6))
+        expected = [weight.numpy() for weight in weights]
+        # Into the same process, and into one that has taken no step yet.
+        checkpoint.read(path)
+        assert steps(weights, range(3, 6)).steps == 6
+        same = [bool((a == b.numpy()).all()) for a, b in zip(expected, weights, strict=True)]
+        del weights, checkpoint
+        import gc
+
+        gc.collect()
+        other = fresh()
+        tf.train.Checkpoint(weights=other, tapes=hvd.TapeState()).read(path)
+        assert steps(other, range(3, 6)).steps == 6
+        return [*same, *(bool(np.all(a == b.numpy())) for a, b in zip(expected, other, strict=True))]
+
+    assert cluster.run(resume, str(tmp_path), fresh=True) == [[True] * 4] * 2
