@@ -44,6 +44,14 @@ lint: setup ## formatting, lint and types
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
 
+.PHONY: bench
+bench: setup ## what AdaCons costs beside averaging, on this machine; BENCH_ARGS=--full for every configuration
+	@$(RUN) python -m benchmarks $(BENCH_ARGS)
+
+.PHONY: soak
+soak: setup ## the long tests: endurance, an hour of random jobs
+	@$(RUN) python -m pytest -m soak $(PYTEST_ARGS)
+
 .PHONY: docker-test
 docker-test: ## build the Docker image, run the MPI tests in it and across a two-node cluster
 	@docker/test.sh

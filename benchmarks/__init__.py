@@ -1,0 +1,1 @@
+"""What AdaCons costs beside averaging, measured: ``python -m benchmarks --help``."""

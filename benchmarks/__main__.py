@@ -1,0 +1,152 @@
+"""Measure what AdaCons costs beside averaging: ``make bench``, or ``python -m benchmarks``.
+
+Every case runs the peer, Horovod's own average, and the contenders in turns in one job, and shows
+the median of each turn's ratio to the peer. Results go to ``out/bench/``: a table, everything
+measured as JSON, and a picture of predicted against measured times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import hosts
+from .jobs import Cluster, JobError, run
+
+EXACT = ["two-pass", "one-pass", "gather"]
+EVERYTHING = ["paper", *EXACT, "half", "sketch", "auto", "fast"]
+
+# A case: its kind (which is the program the ranks run), its cluster, and what the program is told.
+Case = tuple[str, Cluster, dict[str, Any]]
+# What, where, contender, seconds, ratio to the peer, and the spread of that.
+Line = tuple[str, str, str, float, float, float]
+
+
+def cases(full: bool) -> list[Case]:
+    """The cases behind the targets; with ``full``, every configuration."""
+
+    def collectives(cluster: Cluster, lengths: Sequence[int], contenders: Sequence[str] = EVERYTHING) -> Case:
+        case = {"lengths": list(lengths), "contenders": list(contenders), "turns": 20, "seconds": 60 if full else 12}
+        return "collectives", cluster, case
+
+    def steps(model: str, ranks: int, contenders: Sequence[str]) -> Case:
+        case = {"model": model, "contenders": list(contenders), "turns": 20, "seconds": 60}
+        return "steps", Cluster(1, ranks), case
+
+    gigabit = [Cluster(4, 1, 1000), Cluster(8, 1, 1000), Cluster(2, 4, 1000)]
+    chosen = [
+        collectives(Cluster(1, 4), [10_000, 1_000_000, 25_000_000]),
+        collectives(gigabit[0], [4_000_000], [*EVERYTHING, "auto+fp16"]),
+        collectives(gigabit[1], [4_000_000]),
+        collectives(Cluster(4, 2, 1000), [4_000_000]),
+        collectives(gigabit[2], [4_000_000]),
+    ]
+    if full:
+        small, large = [10_000, 100_000, 1_000_000], [10_000_000, 100_000_000]
+        chosen = [collectives(Cluster(1, n), [*small, *large[: 2 if n < 8 else 1]]) for n in (2, 4, 8)]
+        chosen += [collectives(Cluster(1, n, launcher="gloo"), small) for n in (2, 4, 8)]
+        chosen += [collectives(Cluster(1, n), [1_000_000], ["adasum"]) for n in (2, 4, 8)]
+        delays = (0, 1) if hosts.has_latency() else (0,)
+        for count, per_host in ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (2, 4)):
+            for megabits, lengths in ((100, [10_000, 1_000_000]), (1000, [10_000, 4_000_000]), (10_000, [4_000_000])):
+                for delay in delays:
+                    chosen.append(collectives(Cluster(count, per_host, megabits, delay), lengths))
+        chosen += [collectives(Cluster(2, 2, 1000, launcher="gloo"), [10_000, 1_000_000])]
+    chosen += [steps(model, 2, ["average", "auto"]) for model in ("cnn", "resnet-50", "transformer", "recommender")]
+    # Memory of each alone.
+    chosen += [
+        ("steps", Cluster(1, 2), {"model": "resnet-50", "contenders": [name], "turns": 3, "seconds": 1})
+        for name in ("average", "two-pass", "one-pass")
+    ]
+    chosen.append(("weights", Cluster(1, 1), {"device": "cpu", "length": 1 << 24}))
+    if not hosts.why_not():
+        return chosen
+    return [case for case in chosen if not case[1].megabits]
+
+
+def rows(
+    kind: str, cluster: Cluster, case: dict[str, Any], result: Any
+) -> list[tuple[str, str, str, float, float, float]]:
+    """Lines of the table: what, where, contender, seconds, ratio to the peer, and the ratio's spread."""
+    if kind == "collectives":
+        found = [(f"d = {answer['length']:,}", answer["times"]) for answer in result]
+    elif kind == "steps" and len(result["times"]) > 1:
+        found = [(f"{case['model']} step", result["times"])]
+    else:
+        return []
+    lines = []
+    for what, times in found:
+        peer = times["average"]
+        for name, own in times.items():
+            ratios = sorted(x / y for x, y in zip(own, peer, strict=True))
+            spread = ratios[-1 - len(ratios) // 10] - ratios[len(ratios) // 10]
+            lines.append((what, str(cluster), name, statistics.median(own), statistics.median(ratios), spread))
+    return lines
+
+
+def show(console: Console, measured: Sequence[dict[str, Any]]) -> None:
+    table = Table("case", "cluster", "contender", "ms", "ratio", "spread")
+    for entry in measured:
+        lines = rows(entry["kind"], Cluster(**entry["cluster"]), entry["case"], entry["result"])
+        for what, where, name, seconds, ratio, spread in lines:
+            table.add_row(what, where, name, f"{seconds * 1e3:.2f}", f"{ratio:.2f}", f"{spread:.2f}")
+        if lines:
+            table.add_section()
+        elif entry["kind"] == "steps":
+            (name,) = entry["result"]["times"]
+            peak, parameters = entry["result"]["peak"], entry["result"]["parameters"]
+            gradients = f"of which one gradient is {4 * parameters / 2**20:.0f} MiB"
+            console.print(f"{entry['case']['model']}, {name} alone: peak {peak / 2**20:.0f} MiB, {gradients}")
+        else:
+            weights = ", ".join(f"{n}: {x * 1e3:.2f} ms" for n, x in entry["result"]["weights"].items())
+            console.print(f"weights from statistics, by workers: {weights}")
+            speeds = ", ".join(f"{name} {x / 1e9:.1f}" for name, x in entry["result"]["bandwidth"].items())
+            console.print(f"local arithmetic, GB/s: {speeds}")
+    console.print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="every configuration; takes hours")
+    parser.add_argument("--only", default="", help="only cases whose description holds this")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    args = parser.parse_args()
+    console = Console()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if reason := hosts.why_not():
+        console.print(f"No emulated hosts: {reason}.")
+    elif not hosts.has_latency():
+        console.print("No added latency: this kernel has no netem.")
+    chosen = [case for case in cases(args.full) if args.only in f"{case[0]} {case[1]} {case[2]}"]
+    measured = []
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
+    with bar:
+        task = bar.add_task("", total=len(chosen))
+        for kind, cluster, case in chosen:
+            bar.update(task, description=f"{kind}, {cluster}")
+            try:
+                result = run(
+                    kind, cluster, case, timeout=120 + 4 * case.get("seconds", 60) * len(case.get("lengths", [1]))
+                )
+            except JobError as error:
+                console.print(f"[red]{error}")
+                return 1
+            measured.append({"kind": kind, "cluster": asdict(cluster), "case": case, "result": result})
+            (args.out / "results.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+            bar.advance(task)
+    show(console, measured)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Several hosts on one machine: network namespaces behind one switch, each link as fast as asked for.
+
+Needs root, and Debian's iproute2. Every host is a namespace with one card, whose traffic a token
+bucket limits in both directions; the switch is a bridge in a namespace of its own, so the machine's
+own network is never touched. Added latency needs the kernel's netem, which not every kernel has;
+:func:`has_latency` tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Emulated hosts, and how to reach them."""
+
+    addresses: list[str]
+    #: What launchers use in place of ssh: ``agent ADDRESS COMMAND...``.
+    agent: Path
+    #: The network card's name on every host.
+    card: str = "card"
+
+
+def why_not() -> str:
+    """Why no hosts can be emulated here; empty if they can."""
+    if os.geteuid() != 0:
+        return "making network namespaces takes root"
+    if not shutil.which("ip", path=_PATH) or not shutil.which("tc", path=_PATH):
+        return "ip and tc are missing (Debian's package iproute2)"
+    return ""
+
+
+def has_latency() -> bool:
+    """Whether this kernel can delay packets."""
+    name = f"adacons-{os.getpid()}-probe"
+    _ip("netns", "add", name)
+    try:
+        command = ["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
+        return subprocess.run(command, env=_ENV, capture_output=True, check=False).returncode == 0
+    finally:
+        _ip("netns", "del", name)
+
+
+@contextlib.contextmanager
+def emulated(count: int, megabits: float, milliseconds: float, folder: Path) -> Iterator[Hosts]:
+    """``count`` hosts for as long as the context lasts, ``milliseconds`` apart from each other."""
+    prefix = f"adacons-{os.getpid()}"
+    switch = f"{prefix}-switch"
+    names = [f"{prefix}-{number}" for number in range(count)]
+    addresses = [f"10.77.0.{number + 1}" for number in range(count)]
+    with contextlib.ExitStack() as stack:
+        for name in (switch, *names):
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "del", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
+        for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            port = f"port{number}"
+            _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "card", "netns", name)
+            _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", "card")
+            _ip("-n", name, "link", "set", "card", "up")
+            # Both directions are limited where packets enter the cable; what is delayed is the host's side.
+            for place, device, delay in ((name, "card", milliseconds), (switch, port, 0.0)):
+                _shape(place, device, megabits, delay)
+        yield Hosts(addresses, _agent(folder, dict(zip(addresses, names, strict=True))))
+
+
+def _shape(place: str, device: str, megabits: float, milliseconds: float) -> None:
+    # A bucket of two milliseconds' worth: smaller ones cost throughput, larger ones hide the limit.
+    burst = max(32_000, int(megabits * 1e6 / 8 * 0.002))
+    limit = ["rate", f"{megabits}mbit", "burst", str(burst), "latency", "50ms"]
+    parent = ["root", "handle", "1:"]
+    if milliseconds:
+        _tc(place, device, *parent, "netem", "delay", f"{milliseconds}ms", "limit", "100000")
+        parent = ["parent", "1:1", "handle", "10:"]
+    _tc(place, device, *parent, "tbf", *limit)
+
+
+def _agent(folder: Path, names: dict[str, str]) -> Path:
+    """A program called as ssh is, that runs the command in the namespace of the address."""
+    cases = "\n".join(
+        f"        {address}) host={name} address={address}; shift; break ;;" for address, name in names.items()
+    )
+    # Launchers put options of ssh's before the address and after it; they are skipped.
+    text = f"""#!/bin/sh
+while [ $# -gt 0 ]; do
+    case "$1" in
+{cases}
+        *) shift ;;
+    esac
+done
+while [ "$1" = -o ] || [ "$1" = -p ] || [ "$1" = -i ]; do shift 2; done
+# Hosts have names of their own, or MPI takes them for one, whose ranks share memory; and Gloo looks
+# the name up, so it is the address.
+exec ip netns exec "$host" unshare --uts /bin/sh -c 'hostname "$1" && exec /bin/sh -c "$2"' sh "$address" "$*"
+"""
+    # The name is what horovodrun looks for on PATH.
+    path = folder / "ssh"
+    path.write_text(text, encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+_ENV = {**os.environ, "PATH": _PATH}
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], env=_ENV, check=True)
+
+
+def _tc(place: str, device: str, *arguments: str) -> None:
+    command = ["ip", "netns", "exec", place, "tc", "qdisc", "add", "dev", device, *arguments]
+    subprocess.run(command, env=_ENV, check=True)
