@@ -1,0 +1,200 @@
+"""What is installed here, which launchers and operations work, and which schedule is chosen.
+
+The proof is live: two processes under each launcher and framework run Horovod's operations and take steps with
+AdaCons in every schedule, whose results are compared with those computed in one place. They run on the processor, so
+that a doctor called beside a training job takes none of its GPUs' memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+from .. import __version__
+from ..binding import BUCKET_BYTES
+from ..costs import Network, Rates, choose
+from . import live
+from .check import LAUNCHERS, check, path_of, what_to_check
+from .display import console, progress, show_json, show_table
+from .errors import CommandError
+
+__all__ = ["add_arguments", "run"]
+
+_PACKAGES = (
+    "torch",
+    "tensorflow",
+    "tensorflow-cpu",
+    "keras",
+    "tf_keras",
+    "horovod",
+    "mpi4py",
+    "numpy",
+    "rich",
+    "matplotlib",
+)
+_OTHERS = ("srun", "jsrun")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frameworks",
+        type=_names("torch", "tensorflow"),
+        metavar="LIST",
+        help="check only these, for example torch (default: all that are installed)",
+    )
+    parser.add_argument(
+        "--launchers",
+        type=_names(*LAUNCHERS),
+        metavar="LIST",
+        help="check only under these of mpi, gloo and torchrun (default: all that are installed)",
+    )
+    parser.add_argument("--no-live", action="store_true", help="start no processes; takes no time")
+    cluster = parser.add_argument_group(
+        "a cluster that is not at hand", "which schedule would be chosen on it; the defaults are those of a small one"
+    )
+    cluster.add_argument("--workers", type=int, metavar="N", help="how many in all")
+    cluster.add_argument("--per-host", type=int, metavar="L", default=1, help="how many share one network card (1)")
+    cluster.add_argument("--gbits", type=float, metavar="G", default=10.0, help="Gbit/s through that card (10)")
+
+
+def run(options: argparse.Namespace) -> int:
+    screen = console(options.json)
+    cluster = _cluster(options)
+    checks = [] if options.no_live else what_to_check(options.frameworks, options.launchers)
+    with progress(len(checks)) as advance:
+        results = []
+        for framework, launcher in checks:
+            advance(f"{framework} under {launcher}", 0)
+            results.append(check(framework, launcher))
+            advance("", 1)
+    found: dict[str, Any] = {
+        "installed": {"adacons_hvd": __version__, "python": platform.python_version(), **_versions()},
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpus": _gpus()},
+        "launchers": {name: path_of(name) for name in (*LAUNCHERS.values(), *_OTHERS)},
+        "checks": results,
+        "choices": [choice for result in results for choice in result["choices"]] + cluster,
+        "advice": _advice(results, options),
+    }
+    found["works"] = bool(results) and all(result["works"] for result in results)
+    if screen is None:
+        show_json(found)
+    else:
+        _show(screen, found)
+    return 0 if found["works"] or options.no_live else 1
+
+
+# --- what is here ---------------------------------------------------------------------------------
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    # One framework under two names.
+    if versions["tensorflow"] is None:
+        versions["tensorflow"] = versions["tensorflow-cpu"]
+    del versions["tensorflow-cpu"]
+    return versions
+
+
+def _gpus() -> list[str]:
+    try:
+        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.partition(" (UUID")[0] for line in done.stdout.splitlines() if line.startswith("GPU ")]
+
+
+# --- what would be chosen, and what to do -----------------------------------------------------------
+
+
+def _cluster(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.workers is None:
+        return []
+    for name in ("workers", "per_host", "gbits"):
+        if getattr(options, name) <= 0:
+            raise CommandError(f"--{name.replace('_', '-')} must be positive, not {getattr(options, name)}")
+    rates = Rates.of(Network(bandwidth=options.gbits * 1e9 / 8), options.workers, options.per_host)
+    where = f"{options.workers} workers, {options.per_host} a host, {options.gbits:g} Gbit/s"
+    choices = []
+    for elements in live.SIZES:
+        schedule, reason = choose(rates, 4.0 * elements, BUCKET_BYTES)
+        choices.append({"where": where, "bytes": 4 * elements, "schedule": schedule, "reason": reason})
+    return choices
+
+
+def _advice(results: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    advice = []
+    if find_spec("torch") is None and find_spec("tensorflow") is None:
+        advice.append("Install a framework: pip install torch, or tensorflow.")
+    elif find_spec("horovod") is None:
+        advice.append("Build Horovod for your frameworks: python -m adacons_hvd.horovod_build --install")
+    if path_of("mpirun") is None:
+        advice.append("Without mpirun there is no MPI; horovodrun --gloo and torchrun need none.")
+    broken = [r for r in results if r["error"] and "not installed" not in r["error"]]
+    if broken and any(result["launcher"] != "torchrun" for result in broken):
+        advice.append(
+            "If Horovod was built before its framework was last updated, build it again: "
+            "python -m adacons_hvd.horovod_build --install"
+        )
+    if not results and not options.no_live:
+        advice.append("There was nothing to check live: no framework has a launcher here.")
+    return advice
+
+
+# --- on the screen ----------------------------------------------------------------------------------
+
+
+def _show(screen: Any, found: dict[str, Any]) -> None:
+    installed = [[name, version or "-"] for name, version in found["installed"].items()]
+    machine = found["machine"]
+    rows = [*installed, ["machine", f"{machine['system']}, {machine['cores']} cores"]]
+    rows += [["GPU", gpu] for gpu in machine["gpus"]] or [["GPU", "-"]]
+    rows += [[name, path or "-"] for name, path in found["launchers"].items()]
+    show_table(screen, "Installed", ["what ", "version or place "], rows)
+    if found["checks"]:
+        rows = [
+            [
+                f"{check['framework']} under {check['launcher']}",
+                "yes" if check["works"] else "no",
+                _tally(check["operations"]),
+                _tally(check["schedules"]),
+                check["error"] or "",
+            ]
+            for check in found["checks"]
+        ]
+        headings = ["two processes ", "works ", "operations ", "AdaCons by schedule ", "error "]
+        show_table(screen, "Live check", headings, rows)
+    places = dict.fromkeys(choice["where"] for choice in found["choices"])
+    for place in places:
+        screen.print(f'What schedule="auto" chooses: {place}')
+        for choice in found["choices"]:
+            if choice["where"] == place:
+                screen.print(f"  {choice['reason'].removeprefix('auto: ')}")
+    for line in found["advice"]:
+        screen.print(line)
+
+
+def _tally(outcomes: dict[str, str | None]) -> str:
+    failed = [f"{name}: {problem}" for name, problem in outcomes.items() if problem]
+    return "; ".join(failed) or (", ".join(outcomes) if outcomes else "-")
+
+
+def _names(*choices: str) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        unknown = [name for name in names if name not in choices]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(choices)}")
+        return names
+
+    return parse
