@@ -15,6 +15,9 @@ __all__ = ["DisagreementError", "confirm", "digest"]
 class DisagreementError(RuntimeError):
     """Ranks were given different settings or parameters. Raised on all of them alike."""
 
+    # By this TensorFlow's AutoGraph tells that it may add where it happened; else it raises an error of its own.
+    __init__ = Exception.__init__
+
 
 def digest(description: Mapping[str, Any]) -> int:
     """A number that differs if descriptions do; positive, and fits a signed 64-bit integer."""

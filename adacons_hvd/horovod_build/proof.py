@@ -23,7 +23,7 @@ def prove(recipe: Recipe, site: Path | None = None) -> None:
     `site` is a folder that a new wheel was unpacked to, for the full proof before it is kept. Without it the Horovod
     installed here is asked to reduce, and not what it was built with: that was proven when its wheel was kept.
     """
-    environment = _environment(site)
+    environment = rank_environment(site)
     if site is not None:
         compare(recipe, check_build(environment))
     for controller in recipe.controllers:
@@ -69,8 +69,9 @@ def launcher(controller: str) -> list[str]:
     return ["mpirun", "-np", str(_RANKS)]
 
 
-def _environment(site: Path | None) -> dict[str, str]:
-    # A Horovod setting of the caller's (another controller, an elastic job's) must not decide the outcome.
+def rank_environment(site: Path | None = None) -> dict[str, str]:
+    """What two ranks on this machine need to be told, whatever Horovod setting the caller has."""
+    # Another controller, for example, or an elastic job's address, must not decide the outcome.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
     if site is not None:
         inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), inherited.get("PYTHONPATH")]))
