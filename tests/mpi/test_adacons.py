@@ -27,7 +27,7 @@ def ours(hvd: ModuleType) -> ModuleType:
 
 
 def gradients(parameters: list[torch.nn.Parameter]) -> list[np.ndarray]:
-    return [np.array(p.grad, dtype=np.float64) for p in parameters]
+    return [np.array(p.grad.tolist()) for p in parameters if p.grad is not None]
 
 
 def train(ours: ModuleType, comm: MPI.Intracomm, settings: dict[str, object], schedule: str) -> None:
