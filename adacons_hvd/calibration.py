@@ -19,7 +19,7 @@ __all__ = ["measured_rates"]
 
 #: Bytes of the messages. What is larger takes longer in proportion.
 _SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 24)
-#: A message that takes this many seconds is not sent again, and no larger one is tried.
+#: A message that takes this many seconds is not sent again, and the largest is not tried after it.
 _ENOUGH = 0.3
 #: Elements of the gradients that arithmetic is timed on, all workers' together.
 _ELEMENTS = 1 << 21
@@ -96,7 +96,7 @@ class _Calibration:
             if seconds < _ENOUGH:
                 seconds = self._slowest(_time(once, _REPEATS), f"{label}.seconds")
             points.append((float(size), seconds))
-            if seconds > _ENOUGH:
+            if seconds > _ENOUGH and size == _SIZES[-2]:
                 break
         return Curve(tuple(points))
 
