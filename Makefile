@@ -48,6 +48,10 @@ lint: setup ## formatting, lint and types
 bench: setup ## what AdaCons costs beside averaging, on this machine; BENCH_ARGS=--full for every configuration
 	@$(RUN) python -m benchmarks $(BENCH_ARGS)
 
+.PHONY: docs
+docs: setup ## the documentation as a site, in out/site
+	@$(RUN) python -m sphinx -W --keep-going -q -E -b html docs out/site
+
 .PHONY: soak
 soak: setup ## the long tests: endurance, an hour of random jobs
 	@$(RUN) python -m pytest -m soak $(PYTEST_ARGS)

@@ -197,7 +197,11 @@ class Aggregator:
         """Return a whole memory to begin with; ``statistics`` shows the shapes."""
         ops = ops_for(statistics.squares)
         zero = ops.zeros((*ops.shape(statistics.squares)[:-1], 1), statistics.squares)
-        return {**dict.fromkeys(_COMMON, zero), **self.start(statistics)}
+        own = self.start(statistics)
+        taken = sorted(set(own) & set(_COMMON))
+        if taken:
+            raise ValueError(f"{type(self).__name__}.start() returns {taken}, names that every aggregator's memory has")
+        return {**dict.fromkeys(_COMMON, zero), **own}
 
     def resized(self, memory: Memory, workers: int) -> Memory:
         """Return a whole memory, counters included, made for another number of workers."""

@@ -450,3 +450,12 @@ def test_one_worker_alone_fills_the_whole_curve(workers):
     for _ in range(3):
         assert torch.allclose(aggregator(g), g[1] / g[1].norm())
         assert torch.allclose(aggregator.state_dict()["curve"], g[1].norm().expand(workers))
+
+
+def test_a_memory_must_not_use_the_names_all_memories_have() -> None:
+    class Forgetful(Mean):
+        def start(self, statistics: Statistics) -> dict[str, torch.Tensor]:
+            return {"steps": statistics.squares}
+
+    with pytest.raises(ValueError, match=r"Forgetful.start\(\) returns \['steps'\]"):
+        Forgetful()(torch.ones(2, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import metadata
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_horovod_that_does_not_load_is_reported(tmp_path):
     (broken / "torch").mkdir(parents=True)
     (broken / "__init__.py").write_text("")
     (broken / "torch" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN5torch3jit')")
-    env = {"PYTHONPATH": str(tmp_path / "site")}
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])}
     arguments = ["doctor", "--frameworks", "torch", "--launchers", "mpi"]
     done = adacons(*arguments, "--json", folder=tmp_path, env=env)
     assert done.returncode == 1
