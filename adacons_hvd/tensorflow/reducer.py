@@ -233,9 +233,12 @@ class Reducer:
         assert self._collectives is not None
         with tf.device("cpu"):
             flags = self._flags(layout)
+            with tf.control_dependencies([self._still_agreed(layout, flags)]):
+                # Nothing is sent before ranks know that they send the same, and nothing learnt from
+                # the flags either: a rank that changes what it trains remembers no steps.
+                flags = tf.identity(flags)
             all_here = tf.reduce_all(flags[:, 0] == 1)
-        with tf.control_dependencies([self._still_agreed(layout, flags)]):
-            # Nothing is sent before ranks know that they send the same.
+        with tf.control_dependencies([flags]):
             gradients = _identities(gradients)
         if self.settings.aggregator is None:
             return self._average(layout, gradients, all_here)

@@ -929,7 +929,7 @@ def refusals() -> None:
     model = wrap(module)
     with pytest.raises(TypeError, match="aggregator must be an Aggregator"):
         attach(model, sgd, 0.99)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="schedule must be one of auto, two-pass"):
+    with pytest.raises(ValueError, match="schedule must be one of auto, fast, two-pass"):
         attach(model, sgd, AdaCons(), schedule="ring")
     with pytest.raises(ValueError, match="granularity must be"):
         attach(model, sgd, AdaCons(), granularity="tensor")
