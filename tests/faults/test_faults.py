@@ -116,7 +116,7 @@ def test_a_rank_that_stays_stopped_ends_the_job_within_gloos_timeout(cluster):
     assert result.seconds < 45
 
 
-@pytest.mark.ranks(2, launcher="mpi")  # over Gloo, Horovod 0.28.1 does not look for what stalls
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"))
 def test_a_rank_that_never_comes_ends_the_job_within_the_stall_limit(cluster):
     """It is alive, so no connection breaks; the others give it up by the time that was set for that."""
     env = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "2", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "4"}

@@ -327,7 +327,10 @@ class TestRefusals:
         [
             ({"op": "Sum"}, "op=Sum and an aggregator are two answers"),
             ({"op": "Adasum"}, "op=Adasum and an aggregator are two answers"),
-            ({"schedule": "scenic"}, "schedule must be one of auto, fast, two-pass, one-pass, gather, half, sketch, or a Network"),
+            (
+                {"schedule": "scenic"},
+                "schedule must be one of auto, fast, two-pass, one-pass, gather, half, sketch, or a Network",
+            ),
             ({"granularity": "tensor"}, 'granularity must be "model", "layer" or lists'),
             ({"backward_passes_per_step": 0}, "backward_passes_per_step must be positive, got 0"),
             ({"gradient_predivide_factor": 0.0}, "gradient_predivide_factor must be positive"),
