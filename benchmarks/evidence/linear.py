@@ -1,0 +1,72 @@
+"""The paper's stochastic linear regression: the table of its published sample, and its Figure 2.
+
+Minimise E[(w . x)^2] / 2 over 1,000 dimensions, x uniform in [0, 1], from a start uniform in
+[-5, 5]. As in the sample, a worker adds up two batches for an update, so that 1,000 iterations
+are 500 updates, and the step along a direction p is the one that ends nearest to the optimum at
+zero, <p, w> / <p, p>: a rate that no training run could know, and for which lengths do not matter.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from adacons_hvd import AdaCons, Aggregator, Mean
+
+from .search import Record
+
+DIMENSIONS, UPDATES, EVERY = 1000, 500, 10
+BATCHES = (128, 512, 2048)
+WORKERS = (8, 32, 128)
+SEEDS = tuple(range(10))
+AVERAGE = "average"
+
+#: By batch and contender, a tensor of seeds x moments.
+Losses = dict[int, dict[str, torch.Tensor]]
+
+
+def contenders() -> dict[str, tuple[int, Aggregator]]:
+    """Names, numbers of workers, aggregators. An average is the same for any number of workers."""
+    found: dict[str, tuple[int, Aggregator]] = {AVERAGE: (8, Mean())}
+    for workers in WORKERS:
+        found[f"AdaCons, {workers} workers"] = (workers, AdaCons())
+        found[f"without momentum, {workers} workers"] = (workers, AdaCons(momentum=0))
+    return found
+
+
+def run(batch: int, seed: int, updates: int = UPDATES) -> dict[str, list[float]]:
+    """The expected loss of each contender before every tenth update and after the last; all see the same data."""
+    generator = torch.Generator().manual_seed(seed)
+    start = -5 + 10 * torch.rand(DIMENSIONS, generator=generator)
+    rivals = contenders()
+    points = {name: start.clone() for name in rivals}
+    losses: dict[str, list[float]] = {name: [] for name in rivals}
+    for update in range(updates + 1):
+        if update % EVERY == 0:
+            for name, w in points.items():
+                losses[name].append(float(f"{expected_loss(w):.4g}"))
+        data = torch.rand(2 * batch, DIMENSIONS, generator=generator)
+        outputs = data @ torch.stack(list(points.values())).T
+        for column, (name, (workers, aggregator)) in enumerate(rivals.items()):
+            shards, errors = data.view(workers, -1, DIMENSIONS), outputs[:, column].view(workers, 1, -1)
+            direction = aggregator((errors @ shards)[:, 0] / shards.shape[1])
+            w = points[name]
+            w -= (direction @ w) / (direction @ direction) * direction
+    return losses
+
+
+def expected_loss(w: torch.Tensor) -> float:
+    """E[x x^T] is a twelfth of the identity and a quarter everywhere."""
+    w = w.double()
+    return float(w.square().sum() / 24 + w.sum().square() / 8)
+
+
+def measured(record: Record, batches: tuple[int, ...] = BATCHES, seeds: tuple[int, ...] = SEEDS) -> Losses:
+    found: Losses = {}
+    for batch in batches:
+        runs = [
+            record.get(f"linear, batch {batch}, seed {seed}", functools.partial(run, batch, seed)) for seed in seeds
+        ]
+        found[batch] = {name: torch.tensor([r[name] for r in runs]).double() for name in contenders()}
+    return found

@@ -1,0 +1,153 @@
+"""Results as the tables and pictures of ``docs/evidence.md``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import linear
+from .contenders import ADACONS, LONG, NEWTON, NORMALIZED
+from .search import Result
+from .spread import BATCHES, MOMENTS, WORKERS, Looks
+from .studies import Grid
+
+#: Student's t for a two-sided interval of 95%, by the number of seeds.
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+
+#: The published sample's final losses, by batch and method, and the iteration they are of.
+PUBLISHED = {
+    (128, linear.AVERAGE): (33.4, 1000),
+    (128, "AdaCons, 32 workers"): (1.98e-8, 1000),
+    (128, "AdaCons, 8 workers"): (1.27e-5, 1000),
+    (2048, linear.AVERAGE): (49.3, 1000),
+    (2048, "AdaCons, 32 workers"): (1.48e-8, 300),
+    (2048, "AdaCons, 8 workers"): (52.4, 1000),
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(head), ["---"] * len(head), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The mean of paired differences, and half the width of its 95% confidence interval."""
+    half = STUDENT[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences), half
+
+
+def scores(grid: Grid, results: Mapping[tuple[str, str], Result]) -> str:
+    """Mean and standard deviation over seeds, and the learning rate, of every method."""
+    rows, columns = (list(dict.fromkeys(key[axis] for key in grid.cells)) for axis in (0, 1))
+    digits = _digits(results)
+
+    def cell(result: Result) -> str:
+        mean, spread = statistics.fmean(result.scores), statistics.stdev(result.scores)
+        return f"{mean:.{digits}f} ± {spread:.{digits}f} ({_power(result.rate)})"
+
+    return table(["", *columns], [[row, *(cell(results[row, column]) for column in columns)] for row in rows])
+
+
+def differences(grid: Grid, results: Mapping[tuple[str, str], Result]) -> str:
+    """AdaCons and the second-order variant against the controls, seed by seed; bold where 0 is outside the interval."""
+    rows, columns = (list(dict.fromkeys(key[axis] for key in grid.cells)) for axis in (0, 1))
+    digits = _digits(results)
+    pairs = [(ours, control) for ours in (ADACONS, LONG) if ours in rows for control in grid.controls]
+    pairs += [(NEWTON, control) for control in (NORMALIZED, ADACONS) if NEWTON in rows]
+
+    def cell(ours: Result, control: Result) -> str:
+        mean, half = interval([x - y for x, y in zip(ours.scores, control.scores, strict=True)])
+        text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+        return f"**{text}**" if abs(mean) > half else text
+
+    lines = [
+        [f"{ours} − {control}", *(cell(results[ours, column], results[control, column]) for column in columns)]
+        for ours, control in pairs
+    ]
+    return table(["", *columns], lines)
+
+
+def _digits(results: Mapping[tuple[str, str], Result]) -> int:
+    """Percentages are told to a hundredth, losses to a thousandth."""
+    return 2 if max(max(result.scores) for result in results.values()) > 20 else 3
+
+
+def _power(rate: float) -> str:
+    exponent = round(math.log2(rate))
+    return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def regression(losses: linear.Losses) -> str:
+    """The published figures and ours: the median over seeds, and the least and greatest."""
+    rows = []
+    for (batch, name), (published, iteration) in PUBLISHED.items():
+        if batch in losses:
+            moment = iteration // 2 // linear.EVERY
+            ours = losses[batch][name][:, moment]
+            extent = f"{ours.min():.2g} to {ours.max():.2g}"
+            rows.append([str(batch), name, str(iteration), f"{published:.3g}", f"{ours.median():.2g}", extent])
+    return table(["batch", "method", "iteration", "published", "ours, median", "ours, over seeds"], rows)
+
+
+def ends(losses: linear.Losses) -> str:
+    """The median after the last update, of everything in the picture."""
+    names = list(linear.contenders())
+    rows = [[name, *(f"{losses[batch][name][:, -1].median():.2g}" for batch in losses)] for name in names]
+    return table(["", *(f"batch {batch}" for batch in losses)], rows)
+
+
+def spreads(found: Looks) -> str:
+    rows = [
+        [
+            when,
+            f"{workers}",
+            *(f"{x['spread']:.2g} / {x['angle']:.2g}° / {100 * x['own share']:.2g}%" for x in line),
+        ]
+        for when in MOMENTS
+        for workers in WORKERS
+        if (line := [found[when, workers, batch] for batch in BATCHES if (when, workers, batch) in found])
+    ]
+    return table(["", "workers", *map(str, BATCHES[: len(rows[0]) - 2])], rows)
+
+
+def _axes(columns: int, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, figsize=(3.2 * columns, height), sharey=True, layout="constrained")
+
+
+def draw_regression(losses: linear.Losses, path: Path) -> None:
+    figure, axes = _axes(len(losses), 3.2)
+    names = [linear.AVERAGE, *(f"AdaCons, {workers} workers" for workers in linear.WORKERS)]
+    for axis, (batch, lines) in zip(axes, losses.items(), strict=True):
+        for name in names:
+            values = lines[name].clamp(min=1e-30)
+            at = range(0, linear.EVERY * values.shape[1], linear.EVERY)
+            axis.plot(at, values.median(0).values, label=name, linewidth=1.2)
+            axis.fill_between(at, values.min(0).values, values.max(0).values, alpha=0.15)
+        axis.set(yscale="log", xlabel="updates", title=f"batch {batch}")
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("expected loss")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
+def draw_spreads(found: Looks, path: Path) -> None:
+    figure, axes = _axes(2, 3.0)
+    for axis, when in zip(axes, MOMENTS, strict=True):
+        for workers in WORKERS:
+            values = [found[when, workers, batch]["spread"] for batch in BATCHES]
+            axis.plot(BATCHES, values, marker="o", markersize=4, label=f"{workers} workers")
+        axis.set(xscale="log", yscale="log", xlabel="local batch", title=f"{when}, after {MOMENTS[when]} steps")
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("weights: deviation / mean")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,95 @@
+"""What is measured: grids of settings, each a table of ``docs/evidence.md``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .contenders import ADACONS, AVERAGE, CONTENDERS, EQUAL, LONG, NEWTON, NORMALIZED
+from .training import Setting
+
+OPTIMIZERS = ("SGD", "Adam")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One table: a row for every row's name, a column for every column's."""
+
+    title: str
+    cells: dict[tuple[str, str], Setting]
+    #: The rows that the others are compared with, run by run.
+    controls: tuple[str, ...] = (AVERAGE, NORMALIZED)
+
+
+def ablation(task: str, sizes: tuple[tuple[int, int], ...]) -> list[Grid]:
+    return [
+        Grid(
+            f"ablation, {task}, {optimizer}",
+            {
+                (name, f"{workers} x {batch}"): Setting(task, name, optimizer, workers, batch)
+                for name in CONTENDERS
+                for workers, batch in sizes
+            },
+            (AVERAGE, NORMALIZED, EQUAL),
+        )
+        for optimizer in OPTIMIZERS
+    ]
+
+
+def troubles() -> list[Grid]:
+    return [
+        Grid(
+            f"trouble, {optimizer}",
+            {
+                (name, trouble or "none"): Setting("images", name, optimizer, trouble=trouble)
+                for name in (AVERAGE, NORMALIZED, EQUAL, ADACONS, NEWTON)
+                for trouble in ("", "noisy", "half noisy", "skewed", "corrupted")
+            },
+        )
+        for optimizer in OPTIMIZERS
+    ]
+
+
+def batches() -> list[Grid]:
+    return [
+        Grid(
+            f"batch, {optimizer}",
+            {
+                (name, str(batch)): Setting("images", name, optimizer, batch=batch)
+                for name in (AVERAGE, NORMALIZED, ADACONS)
+                for batch in (1, 4, 16, 64, 256)
+            },
+        )
+        for optimizer in OPTIMIZERS
+    ]
+
+
+def clipping() -> list[Grid]:
+    """Thresholds are about half the length of a worker's gradient, and of the average, in mid-training."""
+    grids = []
+    for optimizer in OPTIMIZERS:
+        cells = {}
+        for name in (AVERAGE, LONG):
+            plain = Setting("language", name, optimizer, batch=2)
+            cells[name, "none"] = plain
+            cells[name, "before"] = replace(plain, clip="before", threshold=0.5)
+            cells[name, "after"] = replace(plain, clip="after", threshold=0.25)
+        grids.append(Grid(f"clipping, {optimizer}", cells, (AVERAGE,)))
+    return grids
+
+
+def grids(quick: bool = False) -> list[Grid]:
+    """All of them; ``quick`` with runs so short that they show only that everything works."""
+    found = [
+        *ablation("images", ((32, 64), (8, 64), (128, 16))),
+        *troubles(),
+        *ablation("recommender", ((32, 64), (8, 64), (128, 16))),
+        *ablation("language", ((32, 2),)),
+        *clipping(),
+        *batches(),
+    ]
+    if not quick:
+        return found
+    return [
+        replace(grid, cells={key: replace(cell, workers=8, batch=2, steps=10) for key, cell in grid.cells.items()})
+        for grid in found
+    ]
