@@ -1,0 +1,64 @@
+"""The paper's experiments at their smallest, on two ranks, with both aggregators."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A script, what makes it small, and the loss it has to come down to, as a part of its first."""
+
+    script: str
+    arguments: str
+    least: float = 0.9
+    # What is measured beside the loss.
+    metrics: tuple[str, ...] = ()
+    # Whether averaging goes through this package and is reported, too.
+    reports_mean: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.script} {self.arguments}".strip()
+
+
+CASES = [
+    Case("linear_regression.py", "--steps 60 --dimension 100 --log-every 5"),
+    Case("linear_regression_keras.py", "--steps 60 --dimension 100 --log-every 5", reports_mean=True),
+    Case("image_classification.py", "--epochs 4", metrics=("test_loss", "test_accuracy")),
+]
+
+
+@pytest.mark.ranks(2, launcher="gloo")
+@pytest.mark.time_limit(120)
+@pytest.mark.parametrize("aggregator", ["mean", "adacons"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_experiment_learns_and_all_ranks_agree(cluster, tmp_path, case, aggregator):
+    arguments = [*case.arguments.split(), "--aggregator", aggregator, "--out", str(tmp_path)]
+    result = cluster.script(EXAMPLES / case.script, args=arguments)
+    assert result.exit_code == 0, str(result)
+    assert "all 2 ranks have the same parameters" in result.stdout[0], str(result)
+    assert result.stdout[1] == ""
+
+    (metrics,) = tmp_path.glob("*.jsonl")
+    assert metrics.stem.startswith(aggregator)
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) >= 3
+    assert losses[-1] < case.least * losses[0], losses
+    for name in case.metrics:
+        assert all(math.isfinite(record[name]) for record in records if name in record)
+        assert any(name in record for record in records)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    reports = tmp_path / "reports" / metrics.name
+    assert reports.exists() == (aggregator == "adacons" or case.reports_mean)
+    if reports.exists():
+        (weights,) = json.loads(reports.read_text().splitlines()[0])["weights"]
+        assert len(weights) == 2
