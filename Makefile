@@ -48,6 +48,10 @@ lint: setup ## formatting, lint and types
 bench: setup ## what AdaCons costs beside averaging, on this machine; BENCH_ARGS=--full for every configuration
 	@$(RUN) python -m benchmarks $(BENCH_ARGS)
 
+.PHONY: evidence
+evidence: setup ## whether consensus helps: the studies of docs/evidence.md, an hour; EVIDENCE_ARGS='--only TITLE' for some
+	@$(RUN) python -m benchmarks.evidence $(EVIDENCE_ARGS)
+
 .PHONY: docs
 docs: setup ## the documentation as a site, in out/site
 	@$(RUN) python -m sphinx -W --keep-going -q -E -b html docs out/site

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adacons_hvd import AdaCons, Aggregator, Mean, Statistics
+from adacons_hvd import AdaCons, Aggregator, Decision, Mean, Statistics
+from adacons_hvd.aggregators import Memory
 
 Table = torch.Tensor
 
@@ -59,6 +60,19 @@ class SubspaceNewton(Aggregator):
         return step / length[..., None]
 
 
+class OthersOnly(AdaCons):
+    """AdaCons where a gradient's agreement with itself does not count.
+
+    s_i holds n_i^2 / N that says nothing about the others, and with little data per worker it is
+    most of it. Without it, s_i is the inner product with the other workers' part of the mean.
+    """
+
+    def weigh(self, statistics: Statistics, memory: Memory) -> Decision:
+        count = statistics.present.double().sum(-1, keepdim=True)
+        dots = statistics.dots - statistics.squares / count
+        return super().weigh(Statistics(dots, statistics.squares, statistics.present), memory)
+
+
 @dataclass(frozen=True)
 class Contender:
     make: Callable[[], Aggregator]
@@ -74,6 +88,7 @@ AVERAGE, NORMALIZED, EQUAL, ADACONS, NEWTON = (
     "subspace Newton",
 )
 LONG = "AdaCons, length of average"
+OTHERS, LIGHT, HEAVY = "AdaCons, others only", f"{NEWTON}, damping 0.1", f"{NEWTON}, damping 10"
 CONTENDERS = {
     AVERAGE: Contender(Mean, "average"),
     NORMALIZED: Contender(NormalizedMean, "unit"),
@@ -84,4 +99,7 @@ CONTENDERS = {
     ADACONS: Contender(AdaCons, "unit"),
     LONG: Contender(lambda: AdaCons(scale="average"), "average"),
     NEWTON: Contender(SubspaceNewton, "unit"),
+    LIGHT: Contender(lambda: SubspaceNewton(0.1), "unit"),
+    HEAVY: Contender(lambda: SubspaceNewton(10), "unit"),
+    OTHERS: Contender(OthersOnly, "unit"),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import linear
-from .contenders import ADACONS, LONG, NEWTON, NORMALIZED
+from .contenders import ADACONS, EQUAL, LONG, NEWTON, NORMALIZED, OTHERS
 from .search import Result
 from .spread import BATCHES, MOMENTS, WORKERS, Looks
 from .studies import Grid
@@ -57,6 +57,7 @@ def differences(grid: Grid, results: Mapping[tuple[str, str], Result]) -> str:
     digits = _digits(results)
     pairs = [(ours, control) for ours in (ADACONS, LONG) if ours in rows for control in grid.controls]
     pairs += [(NEWTON, control) for control in (NORMALIZED, ADACONS) if NEWTON in rows]
+    pairs += [(OTHERS, control) for control in (EQUAL, ADACONS) if OTHERS in rows]
 
     def cell(ours: Result, control: Result) -> str:
         mean, half = interval([x - y for x, y in zip(ours.scores, control.scores, strict=True)])
@@ -119,7 +120,10 @@ def _axes(columns: int, height: float) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(1, columns, figsize=(3.2 * columns, height), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=(3.2 * columns, height), sharey=True, layout="constrained", squeeze=False
+    )
+    return figure, axes[0]
 
 
 def draw_regression(losses: linear.Losses, path: Path) -> None:

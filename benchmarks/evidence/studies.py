@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .contenders import ADACONS, AVERAGE, CONTENDERS, EQUAL, LONG, NEWTON, NORMALIZED
+from .contenders import ADACONS, AVERAGE, EQUAL, HEAVY, LIGHT, LONG, NEWTON, NORMALIZED, OTHERS
 from .training import Setting
 
 OPTIMIZERS = ("SGD", "Adam")
+ABLATION = (AVERAGE, NORMALIZED, EQUAL, "basic", "momentum", "normalization", ADACONS, LONG, NEWTON)
+VARIANTS = (NORMALIZED, EQUAL, ADACONS, OTHERS, LIGHT, NEWTON, HEAVY)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ def ablation(task: str, sizes: tuple[tuple[int, int], ...]) -> list[Grid]:
             f"ablation, {task}, {optimizer}",
             {
                 (name, f"{workers} x {batch}"): Setting(task, name, optimizer, workers, batch)
-                for name in CONTENDERS
+                for name in ABLATION
                 for workers, batch in sizes
             },
             (AVERAGE, NORMALIZED, EQUAL),
@@ -72,9 +74,24 @@ def clipping() -> list[Grid]:
             plain = Setting("language", name, optimizer, batch=2)
             cells[name, "none"] = plain
             cells[name, "before"] = replace(plain, clip="before", threshold=0.5)
-            cells[name, "after"] = replace(plain, clip="after", threshold=0.25)
+            cells[name, "after"] = replace(plain, clip="after", threshold=0.125)
         grids.append(Grid(f"clipping, {optimizer}", cells, (AVERAGE,)))
     return grids
+
+
+def variants() -> list[Grid]:
+    return [
+        Grid(
+            f"variants, {task}",
+            {
+                (name, optimizer): Setting(task, name, optimizer, batch=batch)
+                for name in VARIANTS
+                for optimizer in OPTIMIZERS
+            },
+            (NORMALIZED, EQUAL),
+        )
+        for task, batch in (("images", 64), ("recommender", 64), ("language", 2))
+    ]
 
 
 def grids(quick: bool = False) -> list[Grid]:
@@ -86,10 +103,11 @@ def grids(quick: bool = False) -> list[Grid]:
         *ablation("language", ((32, 2),)),
         *clipping(),
         *batches(),
+        *variants(),
     ]
     if not quick:
         return found
     return [
-        replace(grid, cells={key: replace(cell, workers=8, batch=2, steps=10) for key, cell in grid.cells.items()})
+        replace(grid, cells={key: replace(cell, workers=8, batch=2, steps=5) for key, cell in grid.cells.items()})
         for grid in found
     ]
