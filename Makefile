@@ -49,7 +49,7 @@ bench: setup ## what AdaCons costs beside averaging, on this machine; BENCH_ARGS
 	@$(RUN) python -m benchmarks $(BENCH_ARGS)
 
 .PHONY: evidence
-evidence: setup ## whether consensus helps: the studies of docs/evidence.md, an hour; EVIDENCE_ARGS='--only TITLE' for some
+evidence: setup ## whether consensus helps: the studies of docs/evidence.md, an hour or two
 	@$(RUN) python -m benchmarks.evidence $(EVIDENCE_ARGS)
 
 .PHONY: docs

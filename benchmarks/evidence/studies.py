@@ -65,6 +65,23 @@ def batches() -> list[Grid]:
     ]
 
 
+def lengths() -> list[Grid]:
+    """What becomes of the differences when training goes on, or at a constant rate."""
+    columns = {
+        "200 steps": Setting("images", AVERAGE),
+        "800 steps": Setting("images", AVERAGE, steps=800),
+        "200 steps, constant rate": Setting("images", AVERAGE, falls=False),
+    }
+    rows = (AVERAGE, NORMALIZED, EQUAL, ADACONS, NEWTON)
+    return [
+        Grid(
+            "training length, SGD",
+            {(name, column): replace(plain, contender=name) for name in rows for column, plain in columns.items()},
+            (AVERAGE, NORMALIZED, EQUAL),
+        )
+    ]
+
+
 def clipping() -> list[Grid]:
     """Thresholds are about half the length of a worker's gradient, and of the average, in mid-training."""
     grids = []
@@ -103,6 +120,7 @@ def grids(quick: bool = False) -> list[Grid]:
         *ablation("language", ((32, 2),)),
         *clipping(),
         *batches(),
+        *lengths(),
         *variants(),
     ]
     if not quick:

@@ -28,15 +28,18 @@ class Setting:
     #: Which gradients are clipped: "", "before" they are aggregated or "after".
     clip: str = ""
     threshold: float = 0.0
+    #: Whether the rate falls linearly to zero, or stays.
+    falls: bool = True
 
     def __str__(self) -> str:
         words = [self.task, self.contender, self.optimizer, f"{self.workers} x {self.batch}", f"{self.steps} steps"]
         words += [self.trouble, f"clipped {self.clip} at {self.threshold:g}" if self.clip else ""]
+        words += ["" if self.falls else "constant rate"]
         return ", ".join(word for word in words if word)
 
 
 def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None:
-    """Train with a rate that falls linearly to zero; the score, or None if parameters became infinite.
+    """Train; the score, or None if parameters became infinite.
 
     The same seed gives every contender the same start and the same batches. ``final`` measures on
     the test data, otherwise on those where rates are chosen.
@@ -59,7 +62,7 @@ def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None
         if setting.clip == "after":
             direction *= (setting.threshold / direction.norm()).clamp(max=1)
         vector.grad = direction
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / setting.steps)
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / setting.steps if setting.falls else 1)
         optimizer.step()
         if step % 20 == 0 and not vector.isfinite().all():
             return None
