@@ -19,6 +19,7 @@ from image_classification import (
     random_box,
 )
 from PIL import Image
+from vision_transformer import VisionTransformer
 
 
 def save(path, colour, size=(50, 40), mode="RGB"):
@@ -104,6 +105,25 @@ def test_resnet_50_is_the_one_of_the_literature():
         features = model.features(torch.empty(2, 3, 224, 224))
     assert sum(p.numel() for p in model.parameters()) == 25_557_032
     assert [tuple(f.shape[1:]) for f in features] == [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
+
+
+def test_the_vision_transformer_is_the_one_of_the_literature():
+    with torch.device("meta"):
+        model = VisionTransformer(1000)
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    assert sum(p.numel() for p in model.parameters()) == 88_224_232
+    with pytest.raises(SystemExit, match="28 pixels cannot be cut into patches of 8"):
+        VisionTransformer(10, image_size=28, patch=8)
+
+
+def test_the_vision_transformer_sees_where_a_patch_is():
+    torch.manual_seed(0)
+    model = VisionTransformer(3, image_size=8, patch=4, width=16, depth=2, heads=2)
+    torch.nn.init.normal_(model.head.weight)
+    x = torch.randn(1, 3, 8, 8)
+    assert not torch.allclose(model(x), model(x.flip(-1)), atol=1e-4)
+    first, second = (layer.linear1.weight for layer in model.layers.layers)
+    assert not torch.equal(first, second)
 
 
 def test_weight_decay_is_for_matrices():
