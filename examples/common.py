@@ -138,6 +138,19 @@ def arrays_of(model: Any) -> Iterator[np.ndarray]:
         yield parameter.detach().cpu().numpy()
 
 
+def decayed_apart(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters: weight decay for matrices and kernels only, not for biases and normalizations."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set it for all groups of a PyTorch optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
 # --- the record of a run --------------------------------------------------------------------------
 
 

@@ -23,11 +23,13 @@ from common import (
     add_data_argument,
     arrays_of,
     batches,
+    decayed_apart,
     find_data,
     make_aggregator,
     make_parser,
     parse,
     pick_device,
+    set_learning_rate,
     total,
     warmup_then_cosine,
 )
@@ -237,18 +239,6 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 # --- training -------------------------------------------------------------------------------------
-
-
-def decayed_apart(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of parameters: weight decay for matrices and kernels only, not for biases and normalizations."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
 
 
 @torch.no_grad()

@@ -14,14 +14,16 @@ from common import (
     add_data_argument,
     arrays_of,
     batches,
+    decayed_apart,
     find_data,
     make_aggregator,
     make_parser,
     parse,
     pick_device,
+    set_learning_rate,
     warmup_then_cosine,
 )
-from image_classification import decayed_apart, evaluate, load, loader, make_images, set_learning_rate
+from image_classification import evaluate, load, loader, make_images
 from torch import nn
 from torch.nn.functional import cross_entropy
 

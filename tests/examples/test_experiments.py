@@ -33,6 +33,7 @@ CASES = [
     Case("linear_regression_keras.py", "--steps 60 --dimension 100 --log-every 5", reports_mean=True),
     Case("image_classification.py", "--epochs 4", metrics=("test_loss", "test_accuracy")),
     Case("vision_transformer.py", "--epochs 3 --depth 2 --clip 0.5", metrics=("test_loss", "test_accuracy")),
+    Case("bert_pretraining.py", "--steps 60 --length 32 --width 32 --depth 1", metrics=("held_out_loss",)),
 ]
 
 

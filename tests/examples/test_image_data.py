@@ -8,10 +8,10 @@ import struct
 import numpy as np
 import pytest
 import torch
+from common import decayed_apart
 from image_classification import (
     ClassFolders,
     ResNet,
-    decayed_apart,
     fashion_mnist,
     load,
     make_images,
