@@ -12,7 +12,8 @@ import functools
 
 import torch
 
-from adacons_hvd import AdaCons, Aggregator, Mean
+from adacons_hvd import AdaCons, Aggregator, Decision, Mean, Statistics
+from adacons_hvd.aggregators import Memory
 
 from .search import Record
 
@@ -21,9 +22,25 @@ BATCHES = (128, 512, 2048)
 WORKERS = (8, 32, 128)
 SEEDS = tuple(range(10))
 AVERAGE = "average"
+#: Where a contender stays, before squares of its gradients leave float32's range.
+CONVERGED = 1e-30
 
 #: By batch and contender, a tensor of seeds x moments.
 Losses = dict[int, dict[str, torch.Tensor]]
+
+
+class SampleSort(Aggregator):
+    """AdaCons as the published sample has it: it reads the momentum at the sort's indices, not at each one's rank."""
+
+    def start(self, statistics: Statistics) -> Memory:
+        return {"curve": (statistics.dots / statistics.norms).sort().values}
+
+    def weigh(self, statistics: Statistics, memory: Memory) -> Decision:
+        values, order = (statistics.dots / statistics.norms).sort()
+        curve = 0.99 * memory["curve"] + 0.01 * values
+        alpha = curve.gather(-1, order)
+        weights = alpha / alpha.sum(-1, keepdim=True) / statistics.norms
+        return Decision(weights, {"curve": curve}, torch.zeros_like(alpha[..., :1], dtype=torch.bool))
 
 
 def contenders() -> dict[str, tuple[int, Aggregator]]:
@@ -32,6 +49,7 @@ def contenders() -> dict[str, tuple[int, Aggregator]]:
     for workers in WORKERS:
         found[f"AdaCons, {workers} workers"] = (workers, AdaCons())
         found[f"without momentum, {workers} workers"] = (workers, AdaCons(momentum=0))
+        found[f"as the sample sorts, {workers} workers"] = (workers, SampleSort())
     return found
 
 
@@ -50,9 +68,10 @@ def run(batch: int, seed: int, updates: int = UPDATES) -> dict[str, list[float]]
         outputs = data @ torch.stack(list(points.values())).T
         for column, (name, (workers, aggregator)) in enumerate(rivals.items()):
             shards, errors = data.view(workers, -1, DIMENSIONS), outputs[:, column].view(workers, 1, -1)
-            direction = aggregator((errors @ shards)[:, 0] / shards.shape[1])
             w = points[name]
-            w -= (direction @ w) / (direction @ direction) * direction
+            if expected_loss(w) > CONVERGED:
+                direction = aggregator((errors @ shards)[:, 0] / shards.shape[1])
+                w -= (direction @ w) / (direction @ direction) * direction
     return losses
 
 
@@ -65,8 +84,7 @@ def expected_loss(w: torch.Tensor) -> float:
 def measured(record: Record, batches: tuple[int, ...] = BATCHES, seeds: tuple[int, ...] = SEEDS) -> Losses:
     found: Losses = {}
     for batch in batches:
-        runs = [
-            record.get(f"linear, batch {batch}, seed {seed}", functools.partial(run, batch, seed)) for seed in seeds
-        ]
+        key = f"regression, batch {batch}"
+        runs = [record.get(f"{key}, seed {seed}", functools.partial(run, batch, seed)) for seed in seeds]
         found[batch] = {name: torch.tensor([r[name] for r in runs]).double() for name in contenders()}
     return found

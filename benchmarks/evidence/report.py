@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import linear
 from .contenders import ADACONS, EQUAL, LONG, NEWTON, NORMALIZED, OTHERS
 from .search import Result
@@ -87,16 +89,20 @@ def regression(losses: linear.Losses) -> str:
     for (batch, name), (published, iteration) in PUBLISHED.items():
         if batch in losses:
             moment = iteration // 2 // linear.EVERY
-            ours = losses[batch][name][:, moment]
-            extent = f"{ours.min():.2g} to {ours.max():.2g}"
-            rows.append([str(batch), name, str(iteration), f"{published:.3g}", f"{ours.median():.2g}", extent])
-    return table(["batch", "method", "iteration", "published", "ours, median", "ours, over seeds"], rows)
+            sample = name.replace("AdaCons", "as the sample sorts")
+            ours = [_extent(losses[batch][which][:, moment]) for which in dict.fromkeys((name, sample))]
+            rows.append([str(batch), name, str(iteration), f"{published:.3g}", *ours, *[""] * (2 - len(ours))])
+    return table(["batch", "method", "iteration", "published", "ours", "ours, sorted as in the sample"], rows)
+
+
+def _extent(values: torch.Tensor) -> str:
+    return f"{values.quantile(0.5):.2g} ({values.min():.2g} to {values.max():.2g})"
 
 
 def ends(losses: linear.Losses) -> str:
     """The median after the last update, of everything in the picture."""
     names = list(linear.contenders())
-    rows = [[name, *(f"{losses[batch][name][:, -1].median():.2g}" for batch in losses)] for name in names]
+    rows = [[name, *(f"{losses[batch][name][:, -1].quantile(0.5):.2g}" for batch in losses)] for name in names]
     return table(["", *(f"batch {batch}" for batch in losses)], rows)
 
 
@@ -133,7 +139,7 @@ def draw_regression(losses: linear.Losses, path: Path) -> None:
         for name in names:
             values = lines[name].clamp(min=1e-30)
             at = range(0, linear.EVERY * values.shape[1], linear.EVERY)
-            axis.plot(at, values.median(0).values, label=name, linewidth=1.2)
+            axis.plot(at, values.quantile(0.5, dim=0), label=name, linewidth=1.2)
             axis.fill_between(at, values.min(0).values, values.max(0).values, alpha=0.15)
         axis.set(yscale="log", xlabel="updates", title=f"batch {batch}")
         axis.title.set_fontsize(10)
