@@ -145,7 +145,7 @@ def test_every_study_s_settings_are_distinct_runs():
 
 
 def test_the_smallest_grid_from_the_command_line(tmp_path, capsys):
-    assert __main__.main(["--quick", "--only", "ablation, recommender, Adam", "--out", str(tmp_path)]) == 0
+    assert __main__.main(["--quick", "--only", "ablation, recommender, 32 x 64", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for name in studies.ABLATION:
         assert f"| {name} |" in printed

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import linear
-from .contenders import ADACONS, EQUAL, LONG, NEWTON, NORMALIZED, OTHERS
+from .contenders import ADACONS, AVERAGE, LONG, NEWTON, NORMALIZED, OTHERS
 from .search import Result
 from .spread import BATCHES, MOMENTS, WORKERS, Looks
 from .studies import Grid
@@ -57,9 +57,9 @@ def differences(grid: Grid, results: Mapping[tuple[str, str], Result]) -> str:
     """AdaCons and the second-order variant against the controls, seed by seed; bold where 0 is outside the interval."""
     rows, columns = (list(dict.fromkeys(key[axis] for key in grid.cells)) for axis in (0, 1))
     digits = _digits(results)
-    pairs = [(ours, control) for ours in (ADACONS, LONG) if ours in rows for control in grid.controls]
-    pairs += [(NEWTON, control) for control in (NORMALIZED, ADACONS) if NEWTON in rows]
-    pairs += [(OTHERS, control) for control in (EQUAL, ADACONS) if OTHERS in rows]
+    pairs = [(ADACONS, control) for control in grid.controls]
+    pairs += [(LONG, AVERAGE), (NEWTON, NORMALIZED), (NEWTON, ADACONS), (OTHERS, ADACONS)]
+    pairs = [pair for pair in pairs if set(pair) <= set(rows)]
 
     def cell(ours: Result, control: Result) -> str:
         mean, half = interval([x - y for x, y in zip(ours.scores, control.scores, strict=True)])

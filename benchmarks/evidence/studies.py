@@ -22,18 +22,18 @@ class Grid:
     controls: tuple[str, ...] = (AVERAGE, NORMALIZED)
 
 
-def ablation(task: str, sizes: tuple[tuple[int, int], ...]) -> list[Grid]:
+def ablation(task: str, *sizes: tuple[int, int]) -> list[Grid]:
     return [
         Grid(
-            f"ablation, {task}, {optimizer}",
+            f"ablation, {task}, {workers} x {batch}",
             {
-                (name, f"{workers} x {batch}"): Setting(task, name, optimizer, workers, batch)
+                (name, optimizer): Setting(task, name, optimizer, workers, batch)
                 for name in ABLATION
-                for workers, batch in sizes
+                for optimizer in OPTIMIZERS
             },
             (AVERAGE, NORMALIZED, EQUAL),
         )
-        for optimizer in OPTIMIZERS
+        for workers, batch in sizes
     ]
 
 
@@ -44,7 +44,7 @@ def troubles() -> list[Grid]:
             {
                 (name, trouble or "none"): Setting("images", name, optimizer, trouble=trouble)
                 for name in (AVERAGE, NORMALIZED, EQUAL, ADACONS, NEWTON)
-                for trouble in ("", "noisy", "half noisy", "skewed", "corrupted")
+                for trouble in ("", "noisy", "half noisy", "skewed", "corrupted", "badly corrupted")
             },
         )
         for optimizer in OPTIMIZERS
@@ -114,10 +114,10 @@ def variants() -> list[Grid]:
 def grids(quick: bool = False) -> list[Grid]:
     """All of them; ``quick`` with runs so short that they show only that everything works."""
     found = [
-        *ablation("images", ((32, 64), (8, 64), (128, 16))),
+        *ablation("images", (8, 64), (32, 64), (128, 16)),
         *troubles(),
-        *ablation("recommender", ((32, 64), (8, 64), (128, 16))),
-        *ablation("language", ((32, 2),)),
+        *ablation("recommender", (8, 64), (32, 64), (128, 16)),
+        *ablation("language", (32, 2)),
         *clipping(),
         *batches(),
         *lengths(),

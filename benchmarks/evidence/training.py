@@ -104,7 +104,7 @@ def draw(
 
 
 def spoil(setting: Setting, rows: torch.Tensor, generator: torch.Generator) -> None:
-    """ "corrupted": the last worker sends noise, ten times as long as the others' gradients."""
-    if setting.trouble == "corrupted":
+    """ "corrupted": the last worker sends noise, ten times as long as the others' gradients; "badly", a hundred."""
+    if "corrupted" in setting.trouble:
         noise = torch.randn(rows.shape[1], generator=generator)
-        rows[-1] = 10 * rows[:-1].norm(dim=1).mean() * noise / noise.norm()
+        rows[-1] = (100 if "badly" in setting.trouble else 10) * rows[:-1].norm(dim=1).mean() * noise / noise.norm()
