@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--warmup-epochs", type=float, default=0.5)
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--loaders", type=int, default=0, help="processes that read images, on each rank")
+    parser.add_argument("--save", type=Path, help="file for the trained weights, for object_detection.py")
     args = parse(parser, **FULL)
 
     hvd.init()
@@ -304,6 +305,8 @@ def main() -> None:
             optimizer.step()
             run.step(loss.detach())
         run.record(**evaluate(model, held_out, args, device))
+    if args.save and run.first:
+        torch.save(model.state_dict(), args.save)
     run.finish(arrays_of(model))
 
 
