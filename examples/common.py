@@ -132,6 +132,13 @@ def pick_device(hvd: Any) -> Any:
     return torch.device("cuda", hvd.local_rank())
 
 
+def average_buffers(hvd: Any, model: Any) -> None:
+    """Give all ranks one model to test: each has normalized its own batches, and remembers its own statistics."""
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            hvd.allreduce_(buffer, name=name)
+
+
 def arrays_of(model: Any) -> Iterator[np.ndarray]:
     """A PyTorch model's parameters, for `Run.finish`."""
     for parameter in model.parameters():

@@ -22,6 +22,7 @@ from common import (
     Run,
     add_data_argument,
     arrays_of,
+    average_buffers,
     batches,
     decayed_apart,
     find_data,
@@ -205,7 +206,7 @@ class ResNet(nn.Module):
             first = Bottleneck(channels, inner, stride)
             channels = 4 * inner
             self.stages.append(nn.Sequential(first, *(Bottleneck(channels, inner, 1) for _ in range(count - 1))))
-        self.head = nn.Linear(channels, classes)
+        self.head: nn.Module = nn.Linear(channels, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -244,10 +245,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: Any, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Loss and accuracy on the test set, of which each rank takes a part."""
-    # Every rank has normalized its own batches, and remembers other statistics of them.
-    for name, buffer in sorted(model.named_buffers()):
-        if buffer.is_floating_point():
-            hvd.allreduce_(buffer, name=name)
+    average_buffers(hvd, model)
     model.eval()
     mine = range(hvd.rank(), len(dataset), hvd.size())
     order = [list(mine[start : start + args.batch_size]) for start in range(0, len(mine), args.batch_size)]

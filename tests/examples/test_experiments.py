@@ -35,6 +35,7 @@ CASES = [
     Case("vision_transformer.py", "--epochs 3 --depth 2 --clip 0.5", metrics=("test_loss", "test_accuracy")),
     Case("bert_pretraining.py", "--steps 60 --length 32 --width 32 --depth 1", metrics=("held_out_loss",)),
     Case("recommendation.py", "--epochs 1 --samples 10000 --crossings 1", metrics=("test_auc",), reports_mean=True),
+    Case("object_detection.py", "--epochs 2 --image-size 64 --pyramid 16 --head-depth 1", metrics=("test_map",)),
 ]
 
 
