@@ -145,7 +145,7 @@ def predict(schedule: str, rates: Rates, size: float, bucket: float = float("inf
         arithmetic = (rates.look + rates.combine) * size
         return sent(rates.alltoall, 1) + table + sent(rates.allgather, 1) + arithmetic
     if schedule == "gather":
-        return sent(rates.allgather, n) + (rates.look + rates.combine) * n * size
+        return sent(rates.allreduce, n) + (rates.look + rates.combine) * n * size
     raise ValueError(f"there is no cost formula for schedule {schedule!r}")
 
 

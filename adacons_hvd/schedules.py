@@ -19,7 +19,7 @@ schedule      1                                      2, local part         4
 ============  =====================================  ====================  ======================
 ``two-pass``  allreduce the gradient                 own moments           scale, allreduce
 ``one-pass``  alltoall: everyone's k-th shard to k   moments of the shard  combine, allgather
-``gather``    allgather the gradient                 moments of it all     combine
+``gather``    allreduce everyone's rows, mostly 0    moments of it all     combine
 ``half``      allreduce it in half precision         own moments           scale, allreduce
 ``sketch``    allreduce a random sketch of it        own moments           scale, allreduce
 ============  =====================================  ====================  ======================
@@ -181,6 +181,11 @@ class OnePass(Schedule):
 class Gather(Schedule):
     """Everything to everyone: a single round trip, for gradients of a few thousand elements.
 
+    A sum, of matrices in which each worker has filled its own row: it moves more bytes than an
+    allgather, of which there are few, but may be on its way before it is known whether a worker
+    has left, when Horovod can do nothing else. So bindings let it travel with what they tell each
+    other before a step.
+
     It does not overlap with backward. A bucket that changed after it had begun could not be taken
     back without a second round trip, and saving that one is all this schedule is for.
     """
@@ -190,8 +195,10 @@ class Gather(Schedule):
     overlaps = False
 
     def begin(self, bucket: DenseBucket) -> Pending:
-        room = bucket.room("rows", bucket.length * self.collectives.size)
-        return self.collectives.allgather(bucket.buffer, f"{bucket.name}.rows", out=room)
+        workers = self.collectives.size
+        room = bucket.room("rows", bucket.length * workers)
+        rows = ops_for(bucket.buffer).placed(bucket.buffer, self.collectives.rank, workers, out=room)
+        return self.collectives.allreduce(rows, f"{bucket.name}.rows", out=rows)
 
     def shares(self, bucket: DenseBucket, gramian: bool) -> Iterator[Share]:
         ops = ops_for(bucket.buffer)

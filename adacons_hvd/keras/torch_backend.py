@@ -126,7 +126,7 @@ class _Exchange:
         }
         if self._reducer is not None:
             self._reducer.state.load_state_dict(self._loaded)
-            self._reducer.reset()
+            self._reducer.renew()
 
     def reset(self) -> None:
         if self._reducer is not None:

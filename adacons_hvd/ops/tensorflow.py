@@ -163,6 +163,12 @@ def room(x: tf.Tensor, length: int, half: bool) -> tf.Tensor | None:
     return None
 
 
+def placed(x: tf.Tensor, row: int, rows: int, out: tf.Tensor | None) -> tf.Tensor:
+    """A matrix of zeros with ``x`` in one row, flat."""
+    length = int(x.shape[0])
+    return tf.pad(x, [[row * length, (rows - 1 - row) * length]])
+
+
 def blank_unless(condition: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """``x``, or zeros in its place unless the 0-dimensional ``condition`` holds."""
     return tf.where(condition, x, tf.zeros_like(x))

@@ -145,6 +145,13 @@ def gradient(x: torch.Tensor, half: bool = False) -> torch.Tensor:
     return x.half() if half else x.float()
 
 
+def placed(x: torch.Tensor, row: int, rows: int, out: torch.Tensor) -> torch.Tensor:
+    """A matrix of zeros with ``x`` in one row, flat."""
+    out.zero_()
+    out.view(rows, -1)[row] = x
+    return out
+
+
 def is_half(x: torch.Tensor) -> bool:
     """Whether the element type has too little range for sums and for unit-length results."""
     return x.dtype == torch.float16

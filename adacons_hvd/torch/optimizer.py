@@ -240,7 +240,7 @@ class _Aggregating(torch.optim.Optimizer):
         self._synchronized = False
         self._should_synchronize = True
         if self._reducer is not None:
-            self._reducer.reset()
+            self._reducer.renew()
             if ours is not None:
                 self._reducer.state.load_state_dict(ours)
 
@@ -308,7 +308,7 @@ def broadcast_optimizer_state(
     state = hvd.broadcast_object(state, root, name="adacons.state", process_set=process_set)
     if reducer is not None and state is not None:
         reducer.state.load_state_dict(state)
-        reducer.reset()
+        reducer.renew()
 
 
 @contextmanager

@@ -15,6 +15,9 @@ other in vain is settled at the start of every ``synchronize`` by one small sum 
 The last of these must be known before anything but a sum leaves during backward, because that
 would crash the rank which has left. So one more small sum, of who is here, starts with backward,
 and parcels that are full wait for its result. It takes no time from backward.
+
+A schedule that sends nothing during backward begins together with the flags, so that a step takes
+one round trip and not two. Its first collective is a sum, which may leave whoever is here.
 """
 
 from __future__ import annotations
@@ -74,6 +77,12 @@ class Reducer:
     #: Whether parcels may leave during backward, and whether that takes a count of ranks.
     _overlaps: bool
     _asks: bool
+    #: Whether parcels leave together with the flags.
+    _at_once: bool
+    #: While some rank is away: the parcels for when none is, by which it will begin once it is back.
+    _whole: list[Parcel]
+    #: Whether to lay out anew though the parameters have not changed.
+    _stale: bool
 
     def __init__(
         self,
@@ -194,6 +203,10 @@ class Reducer:
         self._all_are_here(wait=True)
         self._presence = None
         current = self._layout_is_current()
+        if current and self._at_once:
+            for parcel in self._parcels:
+                parcel.load()
+                parcel.bucket.begin()
         slots = list(self._slots.values()) if current else self._draft()
         digest = self._digest if current else agreement.digest(self._description(slots))
         begun = any(parcel.bucket.begun for parcel in self._parcels)
@@ -207,7 +220,8 @@ class Reducer:
         new_layout = any(worker.new_layout or worker.apart != joined for worker in present)
         if new_layout or any(worker.changed for worker in present):
             if any(worker.begun for worker in present):
-                self._recall()
+                back = self._joined and any(worker.begun and not worker.apart for worker in present)
+                self._recall(self._whole if back else self._parcels)
             if new_layout:
                 self._lay_out(self._draft() if current else slots, digest, joined)
 
@@ -215,16 +229,16 @@ class Reducer:
     def name(self) -> str:
         return f"adacons.{self._number}"
 
-    def _recall(self) -> None:
+    def _recall(self, parcels: Sequence[Parcel]) -> None:
         """Bring everything under way to an end, and forget it.
 
         What one rank has begun, all must begin, or it would wait for them for ever.
         """
-        for parcel in self._parcels:
+        for parcel in parcels:
             if not parcel.bucket.begun:
                 parcel.load()
                 parcel.bucket.begin()
-        for parcel in self._parcels:
+        for parcel in parcels:
             try:
                 parcel.bucket.abandon()
             except HorovodInternalError:
@@ -243,6 +257,8 @@ class Reducer:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
 
     def _layout_is_current(self) -> bool:
+        if self._stale:
+            return False
         trainable = self._trainable()
         return len(trainable) == len(self._slots) and all(p in self._slots for p in trainable)
 
@@ -253,6 +269,9 @@ class Reducer:
         self._joined = False
         self._current = False
         self._overlaps = False
+        self._at_once = False
+        self._whole = []
+        self._stale = False
         self._full = []
         self._asks = False
         self._presence = None
@@ -286,6 +305,10 @@ class Reducer:
             self._share_memory(answers)
         self._choose_schedule(slots, hosts, joined)
         schedule = SCHEDULES[self._schedule_name](self._collectives, self.settings.gradient_predivide_factor)
+        if not joined:
+            self._whole = []
+        elif not self._joined and not self._asks:
+            self._whole = self._parcels
         self._slots = {slot.parameter: slot for slot in slots}
         self._parcels = plan(
             f"{self.name}.{schedule.name}",
@@ -297,14 +320,16 @@ class Reducer:
         )
         self._step = Step(self._collectives, self.settings.aggregator, self._groups, self.name)
         self._overlaps = self.settings.overlap and schedule.overlaps and self._step.may_begin_early
-        only_sums = schedule.only_sums and not any(slot.sparse for slot in slots)
+        sparse = any(slot.sparse for slot in slots)
+        only_sums = schedule.only_sums and not sparse
+        self._at_once = not (schedule.overlaps or sparse or joined) and self._step.may_begin_early
         if not joined:
             self._asks = self._overlaps and not only_sums
         else:
             # A rank that has left and comes back still has the layout for all, or none. So those
             # that went on without it keep asking as they did, and send nothing early unasked.
             self._overlaps = self._overlaps and self._asks
-        self._digest, self._joined = digest, joined
+        self._digest, self._joined, self._stale = digest, joined, False
         if self._parcels:
             reference = self._parcels[0].bucket.reference
             self.state.fit(self.settings.aggregator, self._groups, self._collectives.size, reference)
@@ -414,6 +439,14 @@ class Reducer:
         self.passes = passes
         for parcel in self._parcels:
             parcel.expect(passes)
+
+    def renew(self) -> None:
+        """Agree anew in the next step, as after a state was loaded.
+
+        What is left of this layout is kept until then: other ranks, whose state was not, begin by it.
+        """
+        self._stale = True
+        self.pending = False
 
     def reset(self) -> None:
         """Forget everything under way, without waiting for it: the workers may be gone."""

@@ -310,6 +310,29 @@ def test_a_checkpoint_of_two_workers_resumes_with_three(cluster):
     assert cluster.run(case) == [3] * 3
 
 
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"))
+@pytest.mark.parametrize("schedule", ["two-pass", "one-pass", "gather"])
+def test_a_state_loaded_on_one_rank_alone_keeps_nobody_waiting(cluster, schedule):
+    """That rank has to agree anew while the other is already sending."""
+
+    def case():
+        import harness
+        from torch_job import Batches, assert_equal_bits, loss_of, network
+
+        model, batches = network(), Batches()
+        optimizer = wrapped(model, schedule=schedule, bucket_bytes=200)
+        for step in range(6):
+            if step == 2 + 2 * harness.rank():
+                optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.zero_grad()
+            loss_of(model, batches).backward()
+            optimizer.step()
+        assert_equal_bits(list(model.parameters()))
+        return optimizer.report.schedule, optimizer.report.steps
+
+    assert cluster.run(case) == [(schedule, 6)] * 2
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 @pytest.mark.parametrize("started", [False, True])
 def test_broadcast_parameters_and_optimizer_state(cluster, name, started):

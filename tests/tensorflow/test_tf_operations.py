@@ -116,6 +116,7 @@ def test_segments_are_laid_side_by_side() -> None:
     first, second = tf.constant([1.0, 0.0], tf.float64), tf.constant([0.0, 2.0], tf.float64)
     got = ours.combine_segments(rows, [(1, 3, first), (3, 8, second)], None).numpy()
     assert got.tolist() == [0, 1, 2, 26, 28, 30, 32, 34, 0, 0]
+    assert ours.placed(rows[1, :3], 1, 3, None).numpy().tolist() == [0, 0, 0, 10, 11, 12, 0, 0, 0]
     half, three = tf.constant(0.5, tf.float64), tf.constant(3.0, tf.float64)
     got = ours.scale_segments(rows[0], [(0, 4, half), (4, 6, three)]).numpy()
     assert got.tolist() == [0, 0.5, 1, 1.5, 12, 15, 0, 0, 0, 0]
