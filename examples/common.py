@@ -132,6 +132,21 @@ def pick_device(hvd: Any) -> Any:
     return torch.device("cuda", hvd.local_rank())
 
 
+def loader(dataset: Any, order: list[list[int]], workers: int, collate: Callable[[Any], Any] | None = None) -> Any:
+    """The batches of a PyTorch dataset that `order` tells, read by so many processes, or by this one if by none."""
+    import torch
+
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        # Horovod has threads, which a forked process would not survive.
+        multiprocessing_context="forkserver" if workers else None,
+    )
+
+
 def average_buffers(hvd: Any, model: Any) -> None:
     """Give all ranks one model to test: each has normalized its own batches, and remembers its own statistics."""
     for name, buffer in model.named_buffers():

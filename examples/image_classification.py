@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from common import (
     batches,
     decayed_apart,
     find_data,
+    loader,
     make_aggregator,
     make_parser,
     parse,
@@ -37,7 +38,7 @@ from common import (
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import adacons_hvd.torch as hvd
 from adacons_hvd.logging import log_reports
@@ -140,7 +141,8 @@ def make_images(folder: Path) -> None:
             for index in range(count):
                 width, height = rng.integers(40, 72, size=2)
                 y, x = np.mgrid[:height, :width]
-                angle = math.pi * number / 4 + rng.normal(0, 0.1)
+                # Directions that stay apart when images are mirrored.
+                angle = math.pi * number / 6 + rng.normal(0, 0.1)
                 wave = np.sin((x * math.cos(angle) + y * math.sin(angle)) / 2 + rng.uniform(0, 2 * math.pi))
                 colour = 20 * np.eye(4, 3)[number] + rng.normal(0, 20, 3)
                 noise = rng.normal(0, 60, (height, width, 3))
@@ -157,11 +159,6 @@ def load(folder: Path, size: int) -> tuple[Any, Any, int, int]:
     if train.classes != test.classes:
         raise SystemExit(f"{folder}: train and val have different classes")
     return train, test, len(train.classes), 3
-
-
-def loader(dataset: Any, order: list[list[int]], workers: int) -> Iterable[list[torch.Tensor]]:
-    """The batches that `order` tells, read by processes of their own if there are `workers`."""
-    return DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
 # --- networks -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from common import (
     average_buffers,
     batches,
     find_data,
+    loader,
     make_aggregator,
     make_parser,
     parse,
@@ -34,7 +35,7 @@ from image_classification import ResNet, to_tensor
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, l1_loss
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import adacons_hvd.torch as hvd
 from adacons_hvd.logging import log_reports
@@ -397,7 +398,7 @@ def evaluate(model: RetinaNet, dataset: Coco, batch_size: int, loaders: int, dev
     mine = range(hvd.rank(), len(dataset), hvd.size())
     order = [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
     images = []
-    for pixels, boxes, numbers in DataLoader(dataset, batch_sampler=order, num_workers=loaders, collate_fn=collate):
+    for pixels, boxes, numbers in loader(dataset, order, loaders, collate):
         scores, offsets, levels = model(pixels.to(device))
         anchors = make_anchors(levels)
         for logits, offset, *truth in zip(scores.cpu(), offsets.cpu(), boxes, numbers, strict=True):
@@ -446,10 +447,7 @@ def main() -> None:
     # From here on, every rank mirrors images in its own way.
     torch.manual_seed(1_000_000 * (args.seed + 1) + hvd.rank())
     for epoch in range(args.epochs):
-        order = batches(*share, epoch)
-        for pixels, boxes, numbers in DataLoader(
-            train, batch_sampler=order, num_workers=args.loaders, collate_fn=collate
-        ):
+        for pixels, boxes, numbers in loader(train, batches(*share, epoch), args.loaders, collate):
             part = warmup_then_cosine(run.taken, steps, round(args.warmup_epochs * per_epoch))
             set_learning_rate(optimizer, args.learning_rate * part)
             optimizer.zero_grad()

@@ -16,6 +16,7 @@ from common import (
     batches,
     decayed_apart,
     find_data,
+    loader,
     make_aggregator,
     make_parser,
     parse,
@@ -23,7 +24,7 @@ from common import (
     set_learning_rate,
     warmup_then_cosine,
 )
-from image_classification import evaluate, load, loader, make_images
+from image_classification import evaluate, load, make_images
 from torch import nn
 from torch.nn.functional import cross_entropy
 
