@@ -24,6 +24,8 @@ __all__ = [
     "State",
     "check_aggregator",
     "check_granularity",
+    "check_op",
+    "check_predivide",
     "choose_schedule",
     "group_parameters",
     "parameter_lists",
@@ -62,6 +64,21 @@ def check_aggregator(aggregator: Any, schedule: str | Network) -> None:
             f"{aggregator!r} needs the Gramian of all gradients, which schedule={schedule!r} "
             f"never sees; use one of {able}"
         )
+
+
+def check_op(op: Any, hvd: Any) -> None:
+    """Refuse an aggregator beside another way to combine gradients; ``hvd`` is Horovod's module."""
+    if op != hvd.Average:
+        name = {hvd.Sum: "Sum", hvd.Adasum: "Adasum"}.get(op, repr(op))
+        raise ValueError(
+            f"op={name} and an aggregator are two answers to one question, how gradients are "
+            "combined. Leave op out, or leave the aggregator out."
+        )
+
+
+def check_predivide(factor: float) -> None:
+    if factor <= 0:
+        raise ValueError(f"gradient_predivide_factor must be positive, got {factor!r}")
 
 
 def check_granularity(granularity: Any, kind: Any) -> str | list[list[Any]]:

@@ -11,7 +11,7 @@ import torch
 from horovod.torch.mpi_ops import ProcessSet
 
 from ..aggregators import Mean
-from ..binding import check_aggregator
+from ..binding import check_aggregator, check_granularity, check_predivide
 from ..torch.numbering import restart as start_over
 from ..torch.numbering import take_number
 from ..torch.reducer import Reducer, Settings
@@ -147,17 +147,14 @@ def checked_settings(**given: Any) -> Settings:
     op, aggregator, predivide = given.pop("op"), given.pop("aggregator"), given["gradient_predivide_factor"]
     if op != hvd.Average:
         raise ValueError("with Keras on PyTorch, op must be Average")
-    if predivide <= 0:
-        raise ValueError(f"gradient_predivide_factor must be positive, got {predivide!r}")
+    check_predivide(predivide)
     if aggregator is None:
         aggregator = Mean()
     check_aggregator(aggregator, given["schedule"])
     granularity = given.pop("granularity")
-    if isinstance(granularity, str):
-        if granularity not in ("model", "layer"):
-            raise ValueError(f'granularity must be "model", "layer" or lists of variables, got {granularity!r}')
-    else:
+    if not isinstance(granularity, str):
         granularity = [[v.value for v in group] for group in granularity]
+    granularity = check_granularity(granularity, torch.Tensor)
     return Settings(aggregator=aggregator, granularity=granularity, overlap=False, grad_scaler=None, **given)
 
 

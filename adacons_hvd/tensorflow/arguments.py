@@ -7,7 +7,7 @@ from typing import Any
 
 import horovod.tensorflow as hvd
 
-from ..binding import check_aggregator
+from ..binding import check_aggregator, check_op, check_predivide
 from .reducer import Settings, key_of
 
 __all__ = ["checked_groups", "checked_settings"]
@@ -18,15 +18,9 @@ def checked_settings(**given: Any) -> Settings:
     aggregator, op, schedule = given["aggregator"], given["op"], given["schedule"]
     if aggregator is not None:
         check_aggregator(aggregator, schedule)
-        if op != hvd.Average:
-            name = {hvd.Sum: "Sum", hvd.Adasum: "Adasum"}.get(op, repr(op))
-            raise ValueError(
-                f"op={name} and an aggregator are two answers to one question, how gradients are "
-                "combined. Leave op out, or leave the aggregator out."
-            )
+        check_op(op, hvd)
     predivide = given["gradient_predivide_factor"]
-    if predivide <= 0:
-        raise ValueError(f"gradient_predivide_factor must be positive, got {predivide!r}")
+    check_predivide(predivide)
     if predivide != 1.0 and op != hvd.Average:
         raise ValueError("gradient_predivide_factor is for op=Average only")
     granularity = given["granularity"]

@@ -15,7 +15,15 @@ from horovod.torch.mpi_ops import ProcessSet, global_process_set
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator, unpack_memory
-from ..binding import BUCKET_BYTES, STATE_KEY, check_aggregator, check_granularity, parameter_lists
+from ..binding import (
+    BUCKET_BYTES,
+    STATE_KEY,
+    check_aggregator,
+    check_granularity,
+    check_op,
+    check_predivide,
+    parameter_lists,
+)
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
 from ..report import Report
@@ -331,16 +339,10 @@ def _parameters_stay(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def _check(aggregator: Aggregator, op: Any, passes: int, schedule: str | Network, predivide: float) -> None:
     check_aggregator(aggregator, schedule)
-    if op != hvd.Average:
-        name = {hvd.Sum: "Sum", hvd.Adasum: "Adasum"}.get(op, repr(op))
-        raise ValueError(
-            f"op={name} and an aggregator are two answers to one question, how gradients are "
-            "combined. Leave op out, or leave the aggregator out."
-        )
+    check_op(op, hvd)
     if passes <= 0:
         raise ValueError(f"backward_passes_per_step must be positive, got {passes!r}")
-    if predivide <= 0:
-        raise ValueError(f"gradient_predivide_factor must be positive, got {predivide!r}")
+    check_predivide(predivide)
 
 
 def _names(

@@ -149,6 +149,7 @@ def beside_plain(
     fit: dict[str, Any] | None = None,
     model_of: Any = None,
     inputs: Any = None,
+    scale: str = "average",
     **options: Any,
 ) -> Any:
     """Train by ``model.fit``, and a twin by the oracle and the plain optimizer; they must agree.
@@ -160,7 +161,7 @@ def beside_plain(
 
     from adacons_hvd import AdaCons
 
-    settings = {"momentum": 0.9, "scale": "average"}
+    settings = {"momentum": 0.9, "scale": scale}
     x, y = (inputs or data)(8 * steps * micro)
     model_of = model_of or network
     model, twin = model_of(keras), model_of(keras)
@@ -179,8 +180,8 @@ def beside_plain(
             total = [a + b for a, b in zip(total, mine, strict=True)] if total else mine
         if not summed:
             total = [g / micro for g in total]
-        scale = getattr(plain, "loss_scale_factor", None) or 1.0
-        expected = [scale * g for g in judge(harness.gather(total))]
+        loss_scale = getattr(plain, "loss_scale_factor", None) or 1.0
+        expected = [loss_scale * g for g in judge(harness.gather(total))]
         _apply(keras, plain, expected, twin.trainable_variables)
     if getattr(plain, "use_ema", False):
         plain.finalize_variable_values(twin.trainable_variables)

@@ -31,7 +31,8 @@ VARIANTS = {
         "backward_passes_per_step": 2,
         "average_aggregated_gradients": True,
     },
-    "loss_scale_factor": {"make": "SGD(0.05, loss_scale_factor=1024.0)"},
+    # The length of a unit-long result is what could go wrong; an average follows its gradients.
+    "loss_scale_factor": {"make": "SGD(0.05, loss_scale_factor=1024.0)", "scale": "unit"},
     "steps_per_execution": {"make": "SGD(0.05)", "fit": {"steps_per_execution": 2}},
     "run_eagerly": {"make": "SGD(0.05)", "fit": {"run_eagerly": True}},
     "groups": {"make": "SGD(0.05)", "groups": 2, "schedule": "one-pass"},
