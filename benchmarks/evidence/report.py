@@ -63,7 +63,7 @@ def differences(grid: Grid, results: Mapping[tuple[str, str], Result]) -> str:
 
     def cell(ours: Result, control: Result) -> str:
         mean, half = interval([x - y for x, y in zip(ours.scores, control.scores, strict=True)])
-        text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+        text = f"{mean:+.{digits}f} ± {half:.{digits}f}".replace("-", "−")
         return f"**{text}**" if abs(mean) > half else text
 
     lines = [

@@ -46,6 +46,7 @@ def troubles() -> list[Grid]:
                 for name in (AVERAGE, NORMALIZED, EQUAL, ADACONS, NEWTON)
                 for trouble in ("", "noisy", "half noisy", "skewed", "corrupted", "badly corrupted")
             },
+            (AVERAGE, NORMALIZED, EQUAL),
         )
         for optimizer in OPTIMIZERS
     ]
@@ -87,7 +88,7 @@ def clipping() -> list[Grid]:
     for optimizer in OPTIMIZERS:
         cells = {}
         for name in (AVERAGE, LONG):
-            plain = Setting("language", name, optimizer, batch=2)
+            plain = Setting("images", name, optimizer)
             cells[name, "none"] = plain
             cells[name, "before"] = replace(plain, clip="before", threshold=0.5)
             cells[name, "after"] = replace(plain, clip="after", threshold=0.125)
