@@ -125,10 +125,12 @@ def test_intervals_are_student_s():
     assert (mean, half) == (3, pytest.approx(1.963, abs=1e-3))
 
 
-def test_the_regression_converges_with_adacons_only():
+def test_the_regression_converges_with_unequal_weights_only():
     losses = linear.run(128, seed=1, updates=300)
     assert losses[f"{ADACONS}, 8 workers"][-1] < 1e-2 < losses[linear.AVERAGE][-1]
-    assert losses[linear.AVERAGE][0] == losses[f"{ADACONS}, 8 workers"][0]
+    control = linear.run(128, 1, linear.controls, updates=300)["equal lengths, 8 workers"]
+    assert control[-1] < losses[linear.AVERAGE][-1]
+    assert losses[linear.AVERAGE][0] == losses[f"{ADACONS}, 8 workers"][0] == control[0]
 
 
 def test_a_larger_batch_makes_workers_agree():

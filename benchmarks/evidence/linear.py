@@ -9,12 +9,14 @@ zero, <p, w> / <p, p>: a rate that no training run could know, and for which len
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from adacons_hvd import AdaCons, Aggregator, Decision, Mean, Statistics
 from adacons_hvd.aggregators import Memory
 
+from .contenders import EQUAL, EqualLengths
 from .search import Record
 
 DIMENSIONS, UPDATES, EVERY = 1000, 500, 10
@@ -43,9 +45,13 @@ class SampleSort(Aggregator):
         return Decision(weights, {"curve": curve}, torch.zeros_like(alpha[..., :1], dtype=torch.bool))
 
 
-def contenders() -> dict[str, tuple[int, Aggregator]]:
-    """Names, numbers of workers, aggregators. An average is the same for any number of workers."""
-    found: dict[str, tuple[int, Aggregator]] = {AVERAGE: (8, Mean())}
+#: Names, numbers of workers, aggregators.
+Rivals = dict[str, tuple[int, Aggregator]]
+
+
+def contenders() -> Rivals:
+    """An average is the same for any number of workers."""
+    found: Rivals = {AVERAGE: (8, Mean())}
     for workers in WORKERS:
         found[f"AdaCons, {workers} workers"] = (workers, AdaCons())
         found[f"without momentum, {workers} workers"] = (workers, AdaCons(momentum=0))
@@ -53,11 +59,22 @@ def contenders() -> dict[str, tuple[int, Aggregator]]:
     return found
 
 
-def run(batch: int, seed: int, updates: int = UPDATES) -> dict[str, list[float]]:
+def controls() -> Rivals:
+    """What AdaCons is without consensus, all coefficients equal."""
+    return {f"{EQUAL}, {workers} workers": (workers, EqualLengths()) for workers in WORKERS}
+
+
+#: What runs together, on the same data.
+PANELS = {"regression": contenders, "regression, controls": controls}
+
+
+def run(
+    batch: int, seed: int, make: Callable[[], Rivals] = contenders, updates: int = UPDATES
+) -> dict[str, list[float]]:
     """The expected loss of each contender before every tenth update and after the last; all see the same data."""
     generator = torch.Generator().manual_seed(seed)
     start = -5 + 10 * torch.rand(DIMENSIONS, generator=generator)
-    rivals = contenders()
+    rivals = make()
     points = {name: start.clone() for name in rivals}
     losses: dict[str, list[float]] = {name: [] for name in rivals}
     for update in range(updates + 1):
@@ -84,7 +101,9 @@ def expected_loss(w: torch.Tensor) -> float:
 def measured(record: Record, batches: tuple[int, ...] = BATCHES, seeds: tuple[int, ...] = SEEDS) -> Losses:
     found: Losses = {}
     for batch in batches:
-        key = f"regression, batch {batch}"
-        runs = [record.get(f"{key}, seed {seed}", functools.partial(run, batch, seed)) for seed in seeds]
-        found[batch] = {name: torch.tensor([r[name] for r in runs]).double() for name in contenders()}
+        found[batch] = {}
+        for panel, make in PANELS.items():
+            key = f"{panel}, batch {batch}"
+            runs = [record.get(f"{key}, seed {seed}", functools.partial(run, batch, seed, make)) for seed in seeds]
+            found[batch] |= {name: torch.tensor([r[name] for r in runs]).double() for name in make()}
     return found

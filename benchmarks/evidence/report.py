@@ -101,17 +101,18 @@ def _extent(values: torch.Tensor) -> str:
 
 def ends(losses: linear.Losses) -> str:
     """The median after the last update, of everything in the picture."""
-    names = list(linear.contenders())
+    names = list(next(iter(losses.values())))
     rows = [[name, *(f"{losses[batch][name][:, -1].quantile(0.5):.2g}" for batch in losses)] for name in names]
     return table(["", *(f"batch {batch}" for batch in losses)], rows)
 
 
 def spreads(found: Looks) -> str:
+    """The angle to the average, and the own share, by local batch."""
     rows = [
         [
             when,
             f"{workers}",
-            *(f"{x['spread']:.2g} / {x['angle']:.2g}° / {100 * x['own share']:.2g}%" for x in line),
+            *(f"{x['angle']:.2g}°, {100 * x['own share']:.0f}%" for x in line),
         ]
         for when in MOMENTS
         for workers in WORKERS

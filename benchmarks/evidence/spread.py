@@ -1,8 +1,7 @@
 """When AdaCons is an average: how far its weights and its direction are from one, by batch and workers.
 
-A worker's coefficient holds its own gradient's share, n_i^2 / N of s_i. With little data per worker
-that share is nearly all, s_i / n_i^2 is nearly 1 / N for everyone, and there is no consensus to
-find; with a lot of data the gradients are nearly equal.
+Of a worker's s_i, n_i^2 / N is its own gradient's share, which tells nothing about the others. The
+less data a worker has, the more of s_i is that; the more it has, the more equal gradients become.
 """
 
 from __future__ import annotations
