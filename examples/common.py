@@ -89,9 +89,7 @@ def find_data(args: argparse.Namespace, hvd: Any, make: Callable[[Path], None]) 
     return folder
 
 
-def batches(
-    count: int, batch_size: int, rank: int, ranks: int, seed: int, epoch: int, shuffle: bool = True
-) -> list[list[int]]:
+def batches(count: int, batch_size: int, rank: int, ranks: int, seed: int, epoch: int) -> list[list[int]]:
     """This rank's batches of an epoch over `count` samples, as lists of their numbers.
 
     All ranks get equally many, all of them full, since a rank with one more would wait for the
@@ -101,10 +99,10 @@ def batches(
     steps = count // (batch_size * ranks)
     if steps == 0:
         raise SystemExit(f"{count} samples are too few for one batch of {batch_size} on each of {ranks} ranks")
-    order = np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
+    order = np.random.default_rng((seed, epoch)).permutation(count)
     shared = order[: steps * ranks * batch_size].reshape(steps, ranks, batch_size)
-    batches: list[list[int]] = shared[:, rank].tolist()
-    return batches
+    mine: list[list[int]] = shared[:, rank].tolist()
+    return mine
 
 
 def total(hvd: Any, *values: float) -> list[float]:
