@@ -54,10 +54,10 @@ def scores(grid: Grid, results: Mapping[tuple[str, str], Result]) -> str:
 
 
 def differences(grid: Grid, results: Mapping[tuple[str, str], Result]) -> str:
-    """AdaCons and the second-order variant against the controls, seed by seed; bold where 0 is outside the interval."""
+    """Methods against one another, seed by seed; bold where zero is outside the interval."""
     rows, columns = (list(dict.fromkeys(key[axis] for key in grid.cells)) for axis in (0, 1))
     digits = _digits(results)
-    pairs = [(ADACONS, control) for control in grid.controls]
+    pairs = [(NORMALIZED, AVERAGE), *((ADACONS, control) for control in grid.controls)]
     pairs += [(LONG, AVERAGE), (NEWTON, NORMALIZED), (NEWTON, ADACONS), (OTHERS, ADACONS)]
     pairs = [pair for pair in pairs if set(pair) <= set(rows)]
 
