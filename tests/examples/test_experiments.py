@@ -40,7 +40,7 @@ CASES = [
 
 
 @pytest.mark.ranks(2, launcher="gloo")
-@pytest.mark.time_limit(120)
+@pytest.mark.time_limit(240)
 @pytest.mark.parametrize("aggregator", ["mean", "adacons"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_experiment_learns_and_all_ranks_agree(cluster, tmp_path, case, aggregator):
