@@ -76,7 +76,7 @@ class _Exchange:
         kept = [p.grad for p in parameters]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.detach().clone()
-        self._reducer.synchronize()
+        self._reducer.synchronize(unscale)
         results = [p.grad for p in parameters]
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient

@@ -169,19 +169,23 @@ class Reducer:
     # --- before the optimizer's step ------------------------------------------------------------
 
     @torch.no_grad()
-    def synchronize(self) -> None:
-        """Replace every gradient by the aggregated one."""
+    def synchronize(self, factor: torch.Tensor | float = 1.0) -> None:
+        """Replace every gradient by the aggregated one.
+
+        ``factor`` is what gradients have to be multiplied by to be true gradients, beside what the
+        loss scaler tells.
+        """
         self._settle()
         for parcel in self._parcels:
             if not parcel.bucket.begun:
                 parcel.load()
         if self._parcels:
             buckets = [parcel.bucket for parcel in self._parcels]
-            loss_scale = unscale(self.settings.grad_scaler, buckets[0].reference)
+            factor = factor * unscale(self.settings.grad_scaler, buckets[0].reference)
             # step() may be called inside of an autocast, but here precision is chosen with care.
             try:
                 with torch.autocast(buckets[0].reference.device.type, enabled=False):
-                    decision, statistics = self._step.run(buckets, self.state.memory, loss_scale)
+                    decision, statistics = self._step.run(buckets, self.state.memory, factor)
             except FloatingPointError:
                 # All ranks raise it, in the middle of a step, and may go on with the next one.
                 self.reset()
