@@ -80,6 +80,39 @@ def test_local_sources_and_missing_gradients(cluster):
     assert cluster.run(local) == [True] * 3
 
 
+@pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
+def test_a_gradient_that_one_rank_lacks(cluster, in_graph):
+    def lacking() -> bool:
+        import numpy as np
+        import oracle
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        for aggregator in (AdaCons(), None):
+            always, sometimes = tf.Variable([1.0, 2.0]), tf.Variable([1.0])
+
+            def step():
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_sum(always)  # noqa: B023 - called before the next
+                    if hvd.rank() != 1:
+                        loss += 2 * tf.reduce_sum(sometimes)  # noqa: B023
+                tape = hvd.DistributedGradientTape(tape, aggregator=aggregator)  # noqa: B023
+                return tape.gradient(loss, [always, sometimes])  # noqa: B023
+
+            found = [np.float64(g.numpy()) for g in (tf.function(step) if in_graph else step)()]
+            everyone = [[np.ones(2), np.full(1, 2.0 * (rank != 1))] for rank in range(3)]
+            expected = [np.mean([worker[i] for worker in everyone], 0) for i in range(2)]
+            if aggregator is not None:
+                expected = oracle.Grouped([[0, 1]])(everyone)
+            assert oracle.error(found, expected) < 1e-5
+        return True
+
+    assert cluster.run(lacking) == [True] * 3
+
+
 def test_gradients_that_are_not_finite(cluster):
     def unwell() -> list:
         import numpy as np

@@ -81,3 +81,48 @@ def test_eager_gradients_agree_with_the_oracle(cluster):
 def test_half_precision_messages(cluster):
     cases = [(SETTINGS[0], {"schedule": name, "compression": "fp16"}) for name in SCHEDULES]
     assert cluster.run(train, 5, cases, True, 5e-3) == [3] * 3
+
+
+@pytest.mark.ranks(3, launcher="mpi", pool="tensorflow")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_sent_is_what_was_asked_for(cluster, schedule):
+    """Told by what gets lost: an element too small for half precision, one that a compressor of the
+    user's drops, and a sum that a predivide factor makes too large for half precision."""
+
+    def sent() -> list[bool]:
+        import numpy as np
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+
+        class FirstOnly(hvd.Compression.none):
+            @staticmethod
+            def compress(tensor):
+                return tensor * tf.constant([1.0, 0.0]), None
+
+            @staticmethod
+            def decompress(tensor, ctx):
+                return tensor
+
+        def aggregated(pull, **options):
+            weight = tf.Variable(tf.zeros_like(pull))
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(weight * pull)
+            tape = hvd.DistributedGradientTape(tape, aggregator=AdaCons(), schedule=schedule, **options)
+            return tape.gradient(loss, weight).numpy()
+
+        small = tf.constant([1.0, 1e-9])
+        long = tf.constant([4000.0], tf.float16)
+        return [
+            bool(aggregated(small)[1] > 0),
+            bool(aggregated(small, compression=hvd.Compression.fp16)[1] == 0),
+            bool(aggregated(small, compression=FirstOnly)[1] == 0),
+            bool(np.isfinite(aggregated(long)).all()),
+            bool(np.isfinite(aggregated(long, gradient_predivide_factor=1 / 64)).all()),
+        ]
+
+    # Only sums are predivided.
+    assert cluster.run(sent) == [[True, True, True, True, schedule != "two-pass"]] * 3
