@@ -73,11 +73,12 @@ def lengths() -> list[Grid]:
         "800 steps": Setting("images", AVERAGE, steps=800),
         "200 steps, constant rate": Setting("images", AVERAGE, falls=False),
     }
-    rows = (AVERAGE, NORMALIZED, ADACONS, NEWTON)
+    rows = (AVERAGE, NORMALIZED, EQUAL, ADACONS, NEWTON)
     return [
         Grid(
             "training length, SGD",
             {(name, column): replace(plain, contender=name) for name in rows for column, plain in columns.items()},
+            (AVERAGE, NORMALIZED, EQUAL),
         )
     ]
 
