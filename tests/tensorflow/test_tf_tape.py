@@ -126,3 +126,26 @@ def test_what_is_sent_is_what_was_asked_for(cluster, schedule):
 
     # Only sums are predivided.
     assert cluster.run(sent) == [[True, True, True, True, schedule != "two-pass"]] * 3
+
+
+@pytest.mark.ranks(3, launcher="mpi", pool="tensorflow")
+def test_groups_travel_together_and_the_rest_alone(cluster):
+    def parcels() -> list[list[list[int]]]:
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        found = []
+        for number, groups in enumerate((None, 2, [[0, 2]])):
+            variables = [tf.Variable([1.0, 2.0]) for _ in range(4)]
+            given = [[variables[i] for i in group] for group in groups] if isinstance(groups, list) else groups
+            with tf.GradientTape() as tape:
+                loss = tf.add_n([tf.reduce_sum(v) for v in variables])
+            tape = hvd.DistributedGradientTape(tape, groups=given, aggregator=AdaCons(), name=f"case {number}")
+            tape.gradient(loss, variables)
+            found.append(sorted(sorted(slot.index for slot in p.slots) for p in tape._reducer._last.parcels))
+        return found
+
+    assert cluster.run(parcels) == [[[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1], [3]]]] * 3
