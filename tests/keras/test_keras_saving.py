@@ -225,6 +225,12 @@ def callbacks(folder: str) -> dict:
     model = network(keras)
     model.set_weights([w + harness.rank() for w in model.get_weights()])  # they start apart
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.04, momentum=0.9), aggregator=AdaCons())
+    curve = np.array([[0.5, 1.0]]) + harness.rank()
+    one = np.ones((1, 1))
+    exchange = optimizer._adacons.exchange
+    exchange.load_state_dict(
+        {"version": 1, "workers": 2, "steps": 3 * one, "fallbacks": 0 * one, "updates": 3 * one, "curve": curve}
+    )
     model.compile(optimizer, loss="mse")
     rates = []
 
@@ -250,6 +256,8 @@ def callbacks(folder: str) -> dict:
         ],
     ).history
     assert_equal_bits(model, optimizer)
+    assert optimizer.report.steps == 3 + 6
+    assert len(set(harness.gather(exchange.state_dict()["curve"].tobytes()))) == 1, "ranks remember different curves"
     with open(file) as lines:  # noqa: PTH123
         columns = next(csv.reader(lines))
     np.testing.assert_allclose(rates, [0.025, 0.03, 0.035, 0.04, 0.04, 0.04], rtol=1e-5)
