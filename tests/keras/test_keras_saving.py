@@ -206,6 +206,14 @@ def test_configurations(cluster):
         text = keras.optimizers.serialize(optimizer)
         plain = keras.optimizers.deserialize(text)
         assert type(plain) is keras.optimizers.Adam
+
+        @keras.saving.register_keras_serializable(package="mine")
+        class Registered(keras.optimizers.SGD):
+            pass
+
+        config = keras.saving.serialize_keras_object(hvd.DistributedOptimizer(Registered(0.1), aggregator=AdaCons()))
+        assert config["registered_name"] == "mine>Registered"
+        assert type(keras.saving.deserialize_keras_object(config)) is Registered
         return [again.beta_1, repr(again.aggregator), plain.beta_1, optimizer.get_config() == original.get_config()]
 
     expected = [0.5, "AdaCons(momentum=0.5, normalize=True, scale='unit', nonfinite='propagate')", 0.5, True]
