@@ -69,7 +69,7 @@ def train(state):
     workers = hvd.allgather_object(os.getpid(), name="workers")
     if workers != state.workers:
         state.workers, state.stage, state.count = workers, state.stage + 1, 0
-    while [state.stage, state.count] != [len(plan["sizes"]) - 1, 6] and state.step < 500:
+    while [state.stage, state.count] != [len(plan["sizes"]) - 1, 6] and state.step < 3000:
         draw = torch.Generator().manual_seed(1000 * state.step + hvd.rank())
         x = torch.randn(8, 4, generator=draw, dtype=torch.float64)
         optimizer.zero_grad()
@@ -103,7 +103,7 @@ tell(end=True)
 """
 
 
-def run(folder, hosts, sizes, *, aggregator=True, deaths=(), changes=(), schedule=None, seconds=90):
+def run(folder, hosts, sizes, *, aggregator=True, deaths=(), changes=(), schedule=None, seconds=180):
     """A job whose number of workers goes through `sizes`.
 
     `changes` are the hosts after 3 steps of each stage, None for no change; `deaths` are lists of a stage, how many
@@ -115,7 +115,7 @@ def run(folder, hosts, sizes, *, aggregator=True, deaths=(), changes=(), schedul
         for stage, new_hosts in enumerate(changes):
             if new_hosts is None:
                 continue
-            job.wait_until(lambda told: done_in(told, stage) >= 3 * sizes[stage], 60)  # noqa: B023
+            job.wait_until(lambda told: done_in(told, stage) >= 3 * sizes[stage], 180)  # noqa: B023
             job.hosts = new_hosts
         result = job.result(seconds)
     assert result.exit_code == 0, result

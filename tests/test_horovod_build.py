@@ -177,13 +177,17 @@ def test_every_patch_says_why_it_is_needed_and_for_which_versions() -> None:
 def unpatched(patch: Path, tree: Path) -> None:
     """Writes, below `tree`, files in which the patch's context stands exactly where it says."""
     for part in patch.read_text().split("--- a/")[1:]:
-        name, _, hunk = part.split("\n", 2)
-        numbers, *lines = hunk.splitlines()
-        before = int(numbers.split()[1].split(",")[0][1:]) - 1
-        old = [line[1:] for line in lines if line[:1] in (" ", "-")]
+        name, _, *hunks = part.splitlines()
+        lines: list[str] = []
+        for line in hunks:
+            if line.startswith("@@ -"):
+                start = int(line.removeprefix("@@ -").split(",")[0])
+                lines += ["unrelated"] * (start - 1 - len(lines))
+            elif line[:1] in (" ", "-"):
+                lines.append(line[1:])
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(["unrelated"] * before + old + ["unrelated"]) + "\n")
+        path.write_text("\n".join([*lines, "unrelated"]) + "\n")
 
 
 @pytest.mark.parametrize("patch", recipe.patches(), ids=lambda patch: patch.stem)

@@ -67,6 +67,8 @@ from harness.pool import START, Job, Spec, section
 
 HOSTS = ("localhost", "127.0.0.1", "127.1", "127.0.1")
 FOLDER = "HARNESS_ELASTIC_FOLDER"
+#: How much an error shows of a fact.
+LONGEST = 200
 
 Fact = dict[str, Any]
 
@@ -204,5 +206,5 @@ class ElasticJob(Job):
     def _failure(self, what: str) -> ClusterError:
         self.end()
         result = self._result()
-        told = "\n".join(json.dumps(fact) for fact in result.told)
+        told = "\n".join(json.dumps(fact)[:LONGEST] for fact in result.told)
         return ClusterError("\n".join([f"elastic job: {what}", section("told", told), str(result)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from elastic_training import check, check_commits, run
+from harness.elastic import ElasticJob
 
 
 def test_a_worker_comes_the_leader_is_killed_and_another_leaves(tmp_path):
@@ -37,6 +38,53 @@ def test_a_newcomer_that_leads_before_its_first_commit_goes_on_from_the_last_one
     final = [fact for fact in told if "done" in fact and fact["stage"] == 1]
     assert {fact["host"] for fact in final} == {"127.0.0.1"}
     assert min(fact["done"] for fact in final) > 3
+
+
+BUSY = """
+import os, signal, time
+import torch
+import adacons_hvd.torch as hvd
+from harness.elastic import tell
+from horovod.torch.mpi_ops import HorovodInternalError
+
+hvd.init()
+one = torch.ones(1)
+
+@hvd.elastic.run
+def train(state):
+    if hvd.size() == 1:
+        # The names are free again.
+        found = [hvd.allreduce(one, op=hvd.Sum, name=f"tensor {k}").item() for k in range(20)]
+        tell(end=found)
+        return
+    if hvd.rank() == 1:
+        tell(died=True)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    handles = []
+    try:
+        while True:
+            handles.append(hvd.allreduce_async(one, op=hvd.Sum, name=f"tensor {len(handles)}"))
+    except HorovodInternalError:
+        patience = time.monotonic() + 10
+        while not all(map(hvd.poll, handles)) and time.monotonic() < patience:
+            time.sleep(0.1)
+        tell(sent=len(handles), left=sum(not hvd.poll(handle) for handle in handles))
+        raise
+
+train(hvd.elastic.TorchState(model=torch.nn.Linear(1, 1)))
+"""
+
+
+def test_what_is_sent_while_a_worker_dies_comes_to_an_end(tmp_path):
+    """Horovod as released deadlocks here, or forgets what was sent last; see 0005-close-the-queue.patch."""
+    with ElasticJob(BUSY, tmp_path, hosts={"localhost": 1, "127.0.0.1": 1}) as job:
+        result = job.result(120)
+    assert result.exit_code == 0, result
+    (sent,) = [fact for fact in result.told if "sent" in fact]
+    assert sent["sent"] > 20
+    assert sent["left"] == 0
+    assert [fact["end"] for fact in result.told if "end" in fact] == [[1.0] * 20]
 
 
 @pytest.mark.ranks(2, launcher="gloo")
