@@ -149,3 +149,33 @@ def test_groups_travel_together_and_the_rest_alone(cluster):
         return found
 
     assert cluster.run(parcels) == [[[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1], [3]]]] * 3
+
+
+@pytest.mark.ranks(3, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_a_shard_that_is_all_padding_is_still_exchanged(cluster):
+    """One element is the shard of one rank; the others have no use for what they receive, and a graph might drop it."""
+
+    def tiny() -> float:
+        import tensorflow as tf
+        from tf_job import assert_equal_bits
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        weight = tf.Variable([1.0])
+
+        @tf.function
+        def step():
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(weight) * (hvd.rank() + 1)
+            tape = hvd.DistributedGradientTape(tape, aggregator=AdaCons(scale="average"), schedule="one-pass")
+            weight.assign_sub(0.01 * tape.gradient(loss, weight))
+
+        for _ in range(5):
+            step()
+        assert_equal_bits([weight])
+        return round(float(weight.numpy()[0]), 5)
+
+    # All gradients have one direction, so the result is their average, 2.
+    assert cluster.run(tiny, timeout=90) == [0.9] * 3
