@@ -30,7 +30,7 @@ What a test says about its cluster
 - `pool`, any word: tests that use another word do not share processes. Say pool="tensorflow" where TensorFlow is used,
   so that no process loads both frameworks.
 
-`time_limit` is the hard limit in seconds of each `run` or `script` (default 60); `run(..., timeout=)` overrides it.
+`time_limit` is the hard limit in seconds of each `run` or `script` (default 120); `run(..., timeout=)` overrides it.
 Both marks may stand on a test, a class or a module (`pytestmark`).
 
 What a test gets: `cluster`

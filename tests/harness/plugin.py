@@ -12,7 +12,7 @@ from harness.cluster import Cluster, Pools, check_nothing_left
 from harness.launchers import LAUNCHERS
 from harness.pool import Spec
 
-TIME_LIMIT = 60.0
+TIME_LIMIT = 120.0
 
 
 def under_mpi() -> bool:

@@ -64,9 +64,9 @@ def test_workers_come_and_go(tmp_path, backend):
     hosts = {"localhost": 2}
     with ElasticJob(SCRIPT, tmp_path, hosts=hosts, env={"KERAS_BACKEND": backend}) as job:
         for size, changed in ((2, {"localhost": 2, "127.0.0.1": 1}), (3, {"localhost": 1})):
-            job.wait_until(lambda told: any(f.get("size") == size and f.get("count") == 3 for f in told), 120)  # noqa: B023
+            job.wait_until(lambda told: any(f.get("size") == size and f.get("count") == 3 for f in told), 240)  # noqa: B023
             job.hosts = changed
-        result = job.result(120)
+        result = job.result(240)
         told = job.told()
     assert result.exit_code == 0, result
     assert sum("done" in fact for fact in told) == 1
