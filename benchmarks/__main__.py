@@ -2,13 +2,14 @@
 
 Every case runs the peer, Horovod's own average, and the contenders in turns in one job, and shows
 the median of each turn's ratio to the peer. Results go to ``out/bench/``: a table, everything
-measured as JSON, and a picture of predicted against measured times.
+measured as JSON, and a picture of expected against measured times.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -115,6 +117,35 @@ def show(console: Console, measured: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def expectations(answer: dict[str, Any]) -> dict[str, float]:
+    """The seconds that the cost model expected of each schedule, as ``fast`` said when it chose."""
+    _, reason = answer["reasons"].get("fast", ("", ""))
+    return {name: float(ms) / 1e3 for name, ms in re.findall(r"([a-z-]+) (?:should take )?([\d.e+]+) ms", reason)}
+
+
+def draw(measured: Sequence[dict[str, Any]], path: Path) -> None:
+    """Expected against measured seconds, a point for every schedule in every case."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for entry in measured:
+        for answer in entry["result"] if entry["kind"] == "collectives" else ():
+            for name, seconds in expectations(answer).items():
+                points.setdefault(name, []).append((seconds, statistics.median(answer["times"][name])))
+    if not points:
+        return
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, pairs in points.items():
+        axes.scatter(*zip(*pairs, strict=True), label=name)
+    ends = [
+        min(min(p) for pairs in points.values() for p in pairs),
+        max(max(p) for pairs in points.values() for p in pairs),
+    ]
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="expected seconds", ylabel="measured seconds")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every configuration; takes hours")
@@ -145,6 +176,7 @@ def main() -> int:
             (args.out / "results.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
             bar.advance(task)
     show(console, measured)
+    draw(measured, args.out / "expected.png")
     return 0
 
 
