@@ -245,7 +245,7 @@ def test_an_index_that_serves_another_archive_is_refused(monkeypatch: pytest.Mon
 
 def test_offline_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # A port nobody listens on: refused at once, as on a machine without a way out.
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     for name in ("scratch", "sdist"):
