@@ -136,10 +136,8 @@ def draw(measured: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     for name, pairs in points.items():
         axes.scatter(*zip(*pairs, strict=True), label=name)
-    ends = [
-        min(min(p) for pairs in points.values() for p in pairs),
-        max(max(p) for pairs in points.values() for p in pairs),
-    ]
+    values = [value for pairs in points.values() for pair in pairs for value in pair]
+    ends = [min(values), max(values)]
     axes.plot(ends, ends, color="grey", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="expected seconds", ylabel="measured seconds")
     axes.legend()

@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def emulated(count: int, megabits: float, milliseconds: float, folder: Path) -> 
             # Both directions are limited where packets enter the cable; what is delayed is the host's side.
             for place, device, delay in ((name, "card", milliseconds), (switch, port, 0.0)):
                 _shape(place, device, megabits, delay)
-        yield Hosts(addresses, _agent(folder, dict(zip(addresses, names, strict=True))))
+        yield Hosts(addresses, make_agent(folder, dict(zip(addresses, names, strict=True))))
 
 
 def _shape(place: str, device: str, megabits: float, milliseconds: float) -> None:
@@ -86,8 +86,8 @@ def _shape(place: str, device: str, megabits: float, milliseconds: float) -> Non
     _tc(place, device, *parent, "tbf", *limit)
 
 
-def _agent(folder: Path, names: dict[str, str]) -> Path:
-    """A program called as ssh is, that runs the command in the namespace of the address."""
+def make_agent(folder: Path, names: Mapping[str, str]) -> Path:
+    """A program called as ssh is, that runs the command in the address's namespace; ``names`` has them by address."""
     cases = "\n".join(
         f"        {address}) host={name} address={address}; shift; break ;;" for address, name in names.items()
     )

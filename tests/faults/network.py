@@ -23,6 +23,8 @@ from harness import processes
 from harness.launchers import LAUNCHERS, environment, program
 from harness.pool import START, Job
 
+from benchmarks.hosts import make_agent
+
 HUB = "10.77.0.254"
 NAMES = Path("/etc/netns")  # where `ip netns exec` looks for files that replace those in /etc
 
@@ -36,14 +38,6 @@ port = server.start()
 server.init(get_host_assignments(parse_hosts(sys.argv[1]), 1))
 print(port, flush=True)
 time.sleep(600)
-"""
-
-# In the place of ssh. Hosts get names of their own, or MPI takes them for one, whose ranks share memory.
-AGENT = """#!/bin/sh
-address=$1
-shift
-exec ip netns exec "{hosts}-$((${{address##*.}} - 1))" \\
-    unshare --uts /bin/sh -c 'hostname "$1" && exec /bin/sh -c "$2"' sh "$address" "$*"
 """
 
 
@@ -149,9 +143,7 @@ class Network:
             self.jobs.append(self._start("gloo", host, command, {**place, **env}))
 
     def _start_over_mpi(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        agent = self.folder / "agent"
-        agent.write_text(AGENT.format(hosts=f"host{os.getpid()}"))
-        agent.chmod(0o700)
+        agent = make_agent(self.folder, dict(zip(self.addresses, self.hosts, strict=True)))
         options = {
             "pml": "ob1",
             "btl": "self,tcp",
