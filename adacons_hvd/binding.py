@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 from .aggregators import Aggregator, Memory, pack_memory, unpack_memory
 from .calibration import measured_rates
 from .collectives import Collectives
-from .costs import Network, Rates, choose
+from .costs import Choice, Network, Rates, choose
 from .ops import Tensor, ops_for
 from .schedules import SCHEDULES
 
 __all__ = [
     "BUCKET_BYTES",
+    "ONLY_SUMS",
     "STATE_KEY",
     "State",
     "check_aggregator",
@@ -42,6 +43,9 @@ BUCKET_BYTES = 32 << 20
 #: From how many bytes of gradient on the cluster is measured before a schedule is chosen. For less
 #: the default figures are good enough.
 MEASURED_FROM = 256 << 10
+
+#: What is left once a rank has called ``hvd.join()``.
+ONLY_SUMS = Choice("two-pass", "a rank has joined: only sums are left")
 
 Parameter = TypeVar("Parameter", bound=Hashable)
 
@@ -133,14 +137,14 @@ def choose_schedule(
     bucket_bytes: float,
     reference: Tensor,
     name: str,
-) -> tuple[str, str]:
-    """The schedule to use and why that one, for ``size`` bytes of dense gradient per worker.
+) -> Choice:
+    """The schedule to use, for ``size`` bytes of dense gradient per worker.
 
     All workers call this together, with every worker's host; ``name`` is a prefix for the names of
     collectives.
     """
     if isinstance(wanted, str) and wanted in SCHEDULES:
-        return wanted, "asked for"
+        return Choice(wanted, "asked for")
     workers, per_host = collectives.size, max(Counter(hosts).values())
     approximate = wanted == "fast"
     if isinstance(wanted, Network):

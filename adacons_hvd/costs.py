@@ -10,13 +10,13 @@ predict with what was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from .schedules import SCHEDULES, Sketch
 
-__all__ = ["Curve", "Network", "Rates", "choose", "predict"]
+__all__ = ["Choice", "Curve", "Network", "Rates", "choose", "predict"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,17 @@ class Rates:
         return cls(n, reduced, reduced, line(alltoall, n - 1), line(allgather, n - 1), byte, byte, 2 * byte, source)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A schedule, and how it came to be the one."""
+
+    schedule: str
+    #: In words.
+    reason: str
+    #: Seconds that a step of each schedule was expected to take; empty where nothing was compared.
+    expected: Mapping[str, float] = field(default_factory=dict)
+
+
 def predict(schedule: str, rates: Rates, size: float, bucket: float = float("inf")) -> float:
     """Seconds one step's collectives and arithmetic take for ``size`` bytes of float32 gradient per
     worker, sent in messages of ``bucket`` bytes.
@@ -151,16 +162,16 @@ def predict(schedule: str, rates: Rates, size: float, bucket: float = float("inf
 
 def choose(
     rates: Rates, size: float, bucket: float = float("inf"), *, gramian: bool = False, approximate: bool = False
-) -> tuple[str, str]:
-    """The cheapest schedule, and the reason in words.
+) -> Choice:
+    """The cheapest schedule.
 
-    >>> choose(Rates.of(Network(), workers=8, per_host=1), 100e6)[0]
+    >>> choose(Rates.of(Network(), workers=8, per_host=1), 100e6).schedule
     'one-pass'
-    >>> choose(Rates.of(Network(), workers=64, per_host=8), 100e6)[0]
+    >>> choose(Rates.of(Network(), workers=64, per_host=8), 100e6).schedule
     'two-pass'
-    >>> choose(Rates.of(Network(), workers=64, per_host=8), 100e6, approximate=True)[0]
+    >>> choose(Rates.of(Network(), workers=64, per_host=8), 100e6, approximate=True).schedule
     'sketch'
-    >>> choose(Rates.of(Network(), workers=4, per_host=4), 40e3)[0]
+    >>> choose(Rates.of(Network(), workers=4, per_host=4), 40e3).schedule
     'gather'
     """
     names = [
@@ -171,4 +182,4 @@ def choose(
     others = ", ".join(f"{name} {costs[name] * 1e3:.3g} ms" for name in costs if name != best)
     mode = "fast" if approximate else "auto"
     what = f"{size / 1e6:.3g} MB and {rates.source}"
-    return best, f"{mode}: for {what}, {best} should take {costs[best] * 1e3:.3g} ms ({others})"
+    return Choice(best, f"{mode}: for {what}, {best} should take {costs[best] * 1e3:.3g} ms ({others})", costs)

@@ -47,11 +47,12 @@ class ReportLog:
 
     >>> import json, pathlib, tempfile, torch
     >>> from adacons_hvd import AdaCons, Statistics
+    >>> from adacons_hvd.costs import Choice
     >>> gradients = torch.tensor([[2.0, 0.0], [2.0, 1.0], [1.0, 1.0]])
     >>> decision, _ = AdaCons().explain(gradients)
     >>> path = pathlib.Path(tempfile.mkdtemp(), "run.jsonl")
     >>> with ReportLog(path) as log:
-    ...     log(Report(decision, Statistics.of(gradients), "gather", "an example"))
+    ...     log(Report(decision, Statistics.of(gradients), Choice("gather", "an example")))
     >>> json.loads(path.read_text())["spread"]
     [0.0363887]
     """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .aggregators import Decision, Statistics
+from .costs import Choice
 from .ops import ops_for
 
 __all__ = ["Report"]
@@ -23,19 +24,28 @@ class Report:
 
     >>> import torch
     >>> from adacons_hvd import Mean
+    >>> from adacons_hvd.costs import Choice
     >>> aggregator = Mean()
     >>> gradients = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     >>> decision, _ = aggregator.explain(gradients)
-    >>> report = Report(decision, Statistics.of(gradients), "gather", "two workers")
+    >>> report = Report(decision, Statistics.of(gradients), Choice("gather", "two workers"))
     >>> report.weights, report.norms, report.fell_back
     ([[0.5, 0.5]], [[5.0, 1.0]], [False])
     """
 
     decision: Decision
     statistics: Statistics
-    #: Which schedule moved the gradients, and why that one.
-    schedule: str
-    reason: str
+    choice: Choice
+
+    @property
+    def schedule(self) -> str:
+        """Which schedule moved the gradients."""
+        return self.choice.schedule
+
+    @property
+    def reason(self) -> str:
+        """Why that one."""
+        return self.choice.reason
 
     @property
     def weights(self) -> Numbers:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -117,18 +116,13 @@ def show(console: Console, measured: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def expectations(answer: dict[str, Any]) -> dict[str, float]:
-    """The seconds that the cost model expected of each schedule, as ``fast`` said when it chose."""
-    _, reason = answer["reasons"].get("fast", ("", ""))
-    return {name: float(ms) / 1e3 for name, ms in re.findall(r"([a-z-]+) (?:should take )?([\d.e+]+) ms", reason)}
-
-
 def draw(measured: Sequence[dict[str, Any]], path: Path) -> None:
     """Expected against measured seconds, a point for every schedule in every case."""
     points: dict[str, list[tuple[float, float]]] = {}
     for entry in measured:
         for answer in entry["result"] if entry["kind"] == "collectives" else ():
-            for name, seconds in expectations(answer).items():
+            # `fast` compares all schedules when it chooses.
+            for name, seconds in answer["choices"].get("fast", {"expected": {}})["expected"].items():
                 points.setdefault(name, []).append((seconds, statistics.median(answer["times"][name])))
     if not points:
         return

@@ -4,6 +4,7 @@ and every schedule."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import horovod.torch as hvd
@@ -80,8 +81,8 @@ def main() -> None:
                 optimizers[name] = ours(length, schedule, bool(fp16))
                 contenders[name] = optimizers[name].synchronize
         times = take_turns(contenders, case["turns"], case["seconds"])
-        reasons = {name: [o.report.schedule, o.report.reason] for name, o in optimizers.items() if o.report}
-        answers.append({"length": length, "times": times, "reasons": reasons})
+        choices = {name: asdict(o.report.choice) for name, o in optimizers.items() if o.report}
+        answers.append({"length": length, "times": times, "choices": choices})
         # Gradients of one length are gone before the next are made.
         del contenders, optimizers
     hand_over(results, answers)

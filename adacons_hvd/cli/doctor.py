@@ -127,8 +127,8 @@ def _cluster(options: argparse.Namespace) -> list[dict[str, Any]]:
     where = f"{options.workers} workers, {options.per_host} a host, {options.gbits:g} Gbit/s"
     choices = []
     for elements in live.SIZES:
-        schedule, reason = choose(rates, 4.0 * elements, BUCKET_BYTES)
-        choices.append({"where": where, "bytes": 4 * elements, "schedule": schedule, "reason": reason})
+        choice = choose(rates, 4.0 * elements, BUCKET_BYTES)
+        choices.append({"where": where, "bytes": 4 * elements, "schedule": choice.schedule, "reason": choice.reason})
     return choices
 
 

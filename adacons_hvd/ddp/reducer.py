@@ -72,7 +72,7 @@ class Reducer:
             return
         sparse = _sparse(model)
         size = sum(p.numel() * p.element_size() for p in names if p not in sparse)
-        self._schedule_name, self._reason = choose_schedule(
+        self._choice = choose_schedule(
             settings.schedule,
             settings.aggregator,
             self._collectives,
@@ -82,7 +82,7 @@ class Reducer:
             torch.empty((), device=device),
             "adacons",
         )
-        self._schedule = SCHEDULES[self._schedule_name](self._collectives)
+        self._schedule = SCHEDULES[self._choice.schedule](self._collectives)
         self._step = Step(self._collectives, settings.aggregator, self._groups, "adacons")
 
     def __reduce__(self) -> Any:
@@ -178,7 +178,7 @@ class Reducer:
         self.state.memory = decision.memory
         optimizer: Any = self._optimizer()
         if optimizer is not None:
-            optimizer.report = Report(decision, statistics, self._schedule_name, self._reason)
+            optimizer.report = Report(decision, statistics, self._choice)
 
     def _here(self) -> bool | None:
         """Under ``model.join()``, whether this rank still has data; otherwise None."""

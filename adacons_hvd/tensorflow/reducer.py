@@ -42,10 +42,10 @@ from tensorflow.python.ops import control_flow_util
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator, Decision, Memory, Statistics, pack_memory, unpack_memory
-from ..binding import BUCKET_BYTES, choose_schedule, group_parameters
+from ..binding import BUCKET_BYTES, ONLY_SUMS, choose_schedule, group_parameters
 from ..collectives import host_name
 from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_variable
-from ..costs import Network
+from ..costs import Choice, Network
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from .packing import Gradient, Parcel, Slot, plan
@@ -123,8 +123,7 @@ class Layout:
     apart: list[Parcel] | None
     #: What tells the groups of parameters apart, one label each.
     labels: tuple[Hashable, ...]
-    schedule: str
-    reason: str
+    choice: Choice
     digest: int
     #: ``[N, 4]`` int64 with this rank's row of the flags: here, laying out anew, steps, digest. A
     #: variable, because TensorFlow would evaluate a collective of constants once and for all.
@@ -245,7 +244,7 @@ class Reducer:
         memory = self._shared_memory(layout, flags)
 
         def together() -> Any:
-            return self._step(layout, layout.parcels, layout.schedule, unscale, memory, gradients)
+            return self._step(layout, layout.parcels, layout.choice.schedule, unscale, memory, gradients)
 
         if layout.apart is None:
             results, memory, seen = together()
@@ -255,7 +254,7 @@ class Reducer:
             def apart() -> Any:
                 slots = [layout.slots[i] for i in layout.active]
                 dense = [slot.dense(gradient) for slot, gradient in zip(slots, gradients, strict=True)]
-                results, *rest = self._step(layout, parcels, _ONLY_SUMS, unscale, memory, dense)
+                results, *rest = self._step(layout, parcels, ONLY_SUMS.schedule, unscale, memory, dense)
                 return [slot.normal(result) for slot, result in zip(slots, results, strict=True)], *rest
 
             results, memory, seen = tf.cond(all_here, together, apart)
@@ -466,7 +465,7 @@ class Reducer:
             slots[index] = Slot(**{**vars(slots[index]), "sparse": True})
         active = sorted({i for answer in answers for i in answer[3]})
         used = [slots[i] for i in active]
-        schedule, reason = self._choose_schedule(used, hosts)
+        choice = self._choose_schedule(used, hosts)
         together = self._together(used)
 
         def parcels_for(schedule: str, slots: Sequence[Slot]) -> list[Parcel]:
@@ -481,17 +480,15 @@ class Reducer:
             )
 
         apart = None
-        only_sums = schedule == _ONLY_SUMS and not any(slot.sparse for slot in used)
+        only_sums = choice.schedule == ONLY_SUMS.schedule and not any(slot.sparse for slot in used)
         if settings.aggregator is not None and not settings.aggregator.needs_gramian and not only_sums:
-            apart = parcels_for(_ONLY_SUMS, [replace(slot, sparse=False) for slot in used])
+            apart = parcels_for(ONLY_SUMS.schedule, [replace(slot, sparse=False) for slot in used])
         row = [[0] * 4] * self._collectives.size
         row[self._collectives.rank] = [1, 0, 0, digest]
         with tf.device("cpu"):
             flags = make_variable(tf.constant(row, tf.int64))
         memory = self._memory_of(labels)
-        return Layout(
-            slots, active, parcels_for(schedule, used), apart, labels, schedule, reason, digest, flags, memory
-        )
+        return Layout(slots, active, parcels_for(choice.schedule, used), apart, labels, choice, digest, flags, memory)
 
     def _meet(self, digest: int) -> None:
         """Tell the other ranks that this one lays out anew, and make sure that they do, too."""
@@ -510,10 +507,10 @@ class Reducer:
                 "not. Every rank must freeze, unfreeze and recompile at the same step."
             )
 
-    def _choose_schedule(self, slots: Sequence[Slot], hosts: Sequence[str]) -> tuple[str, str]:
+    def _choose_schedule(self, slots: Sequence[Slot], hosts: Sequence[str]) -> Choice:
         settings = self.settings
         if settings.aggregator is None:
-            return "allreduce", "no aggregator"
+            return Choice("allreduce", "no aggregator")
         size = sum(slot.length * slot.dtype.size for slot in slots if not slot.sparse)
         assert self._collectives is not None
         return choose_schedule(
@@ -642,8 +639,8 @@ class Reducer:
         decision = Decision(seen["weights"], memory, seen["fallback"], stages)
         statistics = Statistics(seen["dots"], seen["squares"], seen["present"])
         if seen["all here"]:
-            return Report(decision, statistics, self._last.schedule, self._last.reason)
-        return Report(decision, statistics, _ONLY_SUMS, "a rank has joined: only sums are left")
+            return Report(decision, statistics, self._last.choice)
+        return Report(decision, statistics, ONLY_SUMS)
 
     def state_dict(self) -> dict[str, Any]:
         """What the aggregator remembers, as numbers and arrays."""
@@ -676,9 +673,6 @@ class Reducer:
         assert self._collectives is not None
         return {name: variable.read_value() for name, variable in self._last.memory.items()}, self._collectives.size
 
-
-#: The schedule that needs nothing but sums, the only collective left once a rank has joined.
-_ONLY_SUMS = next(name for name, cls in SCHEDULES.items() if cls.only_sums)
 
 _CHANGED = (
     "ranks no longer train the same parameters. Every rank must freeze, unfreeze and recompile at "

@@ -37,7 +37,7 @@ from horovod.torch.mpi_ops import HorovodInternalError, ProcessSet
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator
-from ..binding import State, choose_schedule, group_parameters, unscale
+from ..binding import ONLY_SUMS, State, choose_schedule, group_parameters, unscale
 from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
@@ -191,7 +191,7 @@ class Reducer:
                 self.reset()
                 raise
             self.state.memory = decision.memory
-            self.report = Report(decision, statistics, self._schedule_name, self._reason)
+            self.report = Report(decision, statistics, self._choice)
             for parcel in self._parcels:
                 parcel.deliver()
                 parcel.expect(self.passes)
@@ -308,7 +308,7 @@ class Reducer:
                 slots[index].sparse = True
             self._share_memory(answers)
         self._choose_schedule(slots, hosts, joined)
-        schedule = SCHEDULES[self._schedule_name](self._collectives, self.settings.gradient_predivide_factor)
+        schedule = SCHEDULES[self._choice.schedule](self._collectives, self.settings.gradient_predivide_factor)
         if not joined:
             self._whole = []
         elif not self._joined and not self._asks:
@@ -386,10 +386,10 @@ class Reducer:
                     f"{self.settings.aggregator!r} needs the Gramian of all gradients, which "
                     "cannot be computed once a rank has called hvd.join()"
                 )
-            self._schedule_name, self._reason = "two-pass", "a rank has joined: only sums are left"
+            self._choice = ONLY_SUMS
         else:
             size = sum(s.length * s.parameter.element_size() for s in slots if not s.sparse)
-            self._schedule_name, self._reason = choose_schedule(
+            self._choice = choose_schedule(
                 self.settings.schedule,
                 self.settings.aggregator,
                 self._collectives,

@@ -14,6 +14,7 @@ import harness
 import pytest
 from command import adacons, answer, assert_one_sentence
 
+from adacons_hvd.costs import Choice
 from adacons_hvd.logging import ReportLog, log_reports
 from adacons_hvd.report import Report
 
@@ -190,7 +191,7 @@ def a_report(step: int = 1, workers: int = 3, nan: bool = False) -> Report:
     if nan:
         gradients[0] = float("nan")
     decision, _ = AdaCons().explain(gradients)
-    return Report(decision, Statistics.of(gradients), "gather", "a test")
+    return Report(decision, Statistics.of(gradients), Choice("gather", "a test"))
 
 
 class SlowReport(Report):
@@ -205,7 +206,7 @@ class SlowReport(Report):
 
 def test_training_never_waits_for_the_numbers(tmp_path):
     report = a_report()
-    slow = SlowReport(report.decision, report.statistics, report.schedule, report.reason)
+    slow = SlowReport(report.decision, report.statistics, report.choice)
     log = ReportLog(tmp_path / "run.jsonl", every=1)
     log(slow)
     log(slow)
@@ -220,6 +221,7 @@ def test_what_is_waiting_is_written_when_the_program_ends(tmp_path):
     program = """if True:
         import sys, time, torch
         from adacons_hvd import AdaCons, Statistics
+        from adacons_hvd.costs import Choice
         from adacons_hvd.logging import ReportLog
         from adacons_hvd.report import Report
 
@@ -231,7 +233,7 @@ def test_what_is_waiting_is_written_when_the_program_ends(tmp_path):
         log, gradients = ReportLog(sys.argv[1], every=1), torch.ones(2, 3)
         for _ in range(3):
             decision, _ = AdaCons().explain(gradients)
-            log(SlowReport(decision, Statistics.of(gradients), "gather", "a test"))
+            log(SlowReport(decision, Statistics.of(gradients), Choice("gather", "a test")))
     """
     subprocess.run([sys.executable, "-c", program, tmp_path / "run.jsonl"], timeout=60, check=True)
     assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 3
