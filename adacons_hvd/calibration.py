@@ -133,8 +133,8 @@ class _Calibration:
 
     def _call(self, operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[], list[float]]:
         """A function that does it, and has done it when it returns."""
-        compiled = self.ops.compiled(operation)
-        return lambda: self.ops.to_list(compiled(tensor))
+        bound = self.ops.bound(operation, tensor)
+        return lambda: self.ops.to_list(bound())
 
 
 def _time(once: Callable[[], object], repeats: int = _REPEATS) -> float:

@@ -40,9 +40,9 @@ def cases(full: bool) -> list[Case]:
         case = {"lengths": list(lengths), "contenders": list(contenders), "turns": 20, "seconds": 60 if full else 12}
         return "collectives", cluster, case
 
-    def steps(model: str, ranks: int, contenders: Sequence[str]) -> Case:
-        case = {"model": model, "contenders": list(contenders), "turns": 20, "seconds": 60}
-        return "steps", Cluster(1, ranks), case
+    def steps(framework: str, model: str, contenders: Sequence[str], seconds: float) -> Case:
+        case = {"framework": framework, "model": model, "contenders": list(contenders), "turns": 20, "seconds": seconds}
+        return "steps", Cluster(1, 2), case
 
     gigabit = [Cluster(4, 1, 1000), Cluster(8, 1, 1000), Cluster(2, 4, 1000)]
     chosen = [
@@ -63,12 +63,10 @@ def cases(full: bool) -> list[Case]:
                 for delay in delays:
                     chosen.append(collectives(Cluster(count, per_host, megabits, delay), lengths))
         chosen += [collectives(Cluster(2, 2, 1000, launcher="gloo"), [10_000, 1_000_000])]
-    chosen += [steps(model, 2, ["average", "auto"]) for model in ("cnn", "resnet-50", "transformer", "recommender")]
+    models = ("cnn", "resnet-50", "transformer", "recommender")
+    chosen += [steps(kind, model, ["average", "auto"], 30) for kind in ("torch", "ddp", "keras") for model in models]
     # Memory of each alone.
-    chosen += [
-        ("steps", Cluster(1, 2), {"model": "resnet-50", "contenders": [name], "turns": 3, "seconds": 1})
-        for name in ("average", "two-pass", "one-pass")
-    ]
+    chosen += [steps("torch", "resnet-50", [name], 1) for name in ("average", "two-pass", "one-pass")]
     chosen.append(("weights", Cluster(1, 1), {"device": "cpu", "length": 1 << 24}))
     if not hosts.why_not():
         return chosen
@@ -82,7 +80,7 @@ def rows(
     if kind == "collectives":
         found = [(f"d = {answer['length']:,}", answer["times"]) for answer in result]
     elif kind == "steps" and len(result["times"]) > 1:
-        found = [(f"{case['model']} step", result["times"])]
+        found = [(f"{case['framework']}: {case['model']} step", result["times"])]
     else:
         return []
     lines = []

@@ -80,12 +80,12 @@ def main() -> None:
                 schedule, _, fp16 = name.partition("+")
                 optimizers[name] = ours(length, schedule, bool(fp16))
                 contenders[name] = optimizers[name].synchronize
-        times = take_turns(contenders, case["turns"], case["seconds"])
+        times = take_turns(hvd, contenders, case["turns"], case["seconds"])
         choices = {name: asdict(o.report.choice) for name, o in optimizers.items() if o.report}
         answers.append({"length": length, "times": times, "choices": choices})
         # Gradients of one length are gone before the next are made.
         del contenders, optimizers
-    hand_over(results, answers)
+    hand_over(hvd, results, answers)
 
 
 if __name__ == "__main__":

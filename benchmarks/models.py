@@ -1,4 +1,4 @@
-"""The networks whose training steps are timed: ``make(name)`` gives a model and a loss on a batch of its own."""
+"""The networks whose training steps are timed: ``make(name)`` gives a model, and what its loss is on a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-Loss = Callable[[], torch.Tensor]
+# Is given the model itself, or what it is wrapped in.
+Loss = Callable[[nn.Module], torch.Tensor]
 
 
 def make(name: str, rank: int) -> tuple[nn.Module, Loss]:
@@ -32,7 +33,7 @@ def _cnn(generator: torch.Generator) -> tuple[nn.Module, Loss]:
         nn.Linear(64, 10),
     )
     images, labels = torch.randn(32, 1, 28, 28, generator=generator), torch.randint(10, (32,), generator=generator)
-    return model, lambda: functional.cross_entropy(model(images), labels)
+    return model, lambda model: functional.cross_entropy(model(images), labels)
 
 
 class _Bottleneck(nn.Module):
@@ -68,7 +69,7 @@ def _resnet(generator: torch.Generator) -> tuple[nn.Module, Loss]:
             inside = 4 * width
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 1000))
     images, labels = torch.randn(4, 3, 224, 224, generator=generator), torch.randint(1000, (4,), generator=generator)
-    return model, lambda: functional.cross_entropy(model(images), labels)
+    return model, lambda model: functional.cross_entropy(model(images), labels)
 
 
 def _transformer(generator: torch.Generator) -> tuple[nn.Module, Loss]:
@@ -77,7 +78,7 @@ def _transformer(generator: torch.Generator) -> tuple[nn.Module, Loss]:
     layer = nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.Embedding(words, width), nn.TransformerEncoder(layer, 6), nn.Linear(width, words))
     text = torch.randint(words, (8, 65), generator=generator)
-    return model, lambda: functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+    return model, lambda model: functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
 
 
 class _Recommender(nn.Module):
@@ -98,4 +99,4 @@ def _recommender(generator: torch.Generator) -> tuple[nn.Module, Loss]:
     model = _Recommender()
     dense, sparse = torch.randn(512, 13, generator=generator), torch.randint(100_000, (512, 8), generator=generator)
     labels = torch.randint(2, (512,), generator=generator).float()
-    return model, lambda: functional.binary_cross_entropy_with_logits(model(dense, sparse), labels)
+    return model, lambda model: functional.binary_cross_entropy_with_logits(model(dense, sparse), labels)

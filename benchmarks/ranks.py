@@ -12,10 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import horovod.torch as hvd
-import torch
+from typing import Any, Protocol
 
 
 def arguments() -> tuple[dict[str, Any], Path]:
@@ -27,38 +24,47 @@ def arguments() -> tuple[dict[str, Any], Path]:
     return json.loads(args.case), args.results
 
 
-def take_turns(contenders: Mapping[str, Callable[[], object]], turns: int, seconds: float) -> dict[str, list[float]]:
+class Group(Protocol):
+    """The ranks that are measured together: ``horovod.torch``, for one."""
+
+    def rank(self) -> int: ...
+    def barrier(self) -> object: ...
+    def allgather_object(self, value: Any) -> list[Any]: ...
+
+
+def take_turns(
+    group: Group, contenders: Mapping[str, Callable[[], object]], turns: int, seconds: float
+) -> dict[str, list[float]]:
     """Seconds of every turn, the slowest rank's, by contender.
 
     Each contender first has two turns that do not count. ``seconds`` is about how long all turns
     may take; there are three at least.
     """
     for once in contenders.values():
-        _timed(once)
-    expected = sum(_together([_timed(once) for once in contenders.values()]))
+        _timed(group, once)
+    expected = sum(_together(group, [_timed(group, once) for once in contenders.values()]))
     turns = max(3, min(turns, int(seconds / max(expected, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
     for turn in range(turns):
         # Nobody always comes after the same one.
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            times[name].append(_timed(contenders[name]))
-    return {name: _together(own) for name, own in times.items()}
+            times[name].append(_timed(group, contenders[name]))
+    return {name: _together(group, own) for name, own in times.items()}
 
 
-def _timed(once: Callable[[], object]) -> float:
-    hvd.barrier()
+def _timed(group: Group, once: Callable[[], object]) -> float:
+    group.barrier()
     start = time.perf_counter()
     once()
     return time.perf_counter() - start
 
 
-def _together(own: list[float]) -> list[float]:
+def _together(group: Group, own: list[float]) -> list[float]:
     """The slowest rank's times."""
-    everyone = hvd.allgather(torch.tensor([own], dtype=torch.float64), name="benchmark.times")
-    return everyone.max(0).values.tolist()
+    return [max(times) for times in zip(*group.allgather_object(own), strict=True)]
 
 
-def hand_over(results: Path, value: object) -> None:
-    if hvd.rank() == 0:
+def hand_over(group: Group, results: Path, value: object) -> None:
+    if group.rank() == 0:
         results.write_text(json.dumps(value), encoding="utf-8")

@@ -1,48 +1,140 @@
-"""One rank: whole training steps with plain Horovod and with AdaCons, and what memory they take."""
+"""One rank: whole training steps with averaging and with AdaCons, and what memory they take.
+
+The peer is plain Horovod in PyTorch, DDP's own hook in DDP, and in Keras, where plain Horovod does
+nothing, this package's optimizer without an aggregator. All train by plain SGD, the cheapest
+optimizer, so that nothing hides what aggregation costs.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import resource
 from collections.abc import Callable
+from pathlib import Path
 
-import horovod.torch as hvd
-import torch
+from benchmarks.ranks import Group, arguments, hand_over, take_turns
 
-import adacons_hvd.torch as adacons
-from benchmarks.models import make
-from benchmarks.ranks import arguments, hand_over, take_turns
+RATE = 1e-4
+
+#: A training step, and how many parameters it trains.
+Trainer = tuple[Callable[[], object], int]
+#: Makes one, by the names of model and contender.
+MakeTrainer = Callable[[str, str], Trainer]
 
 
-def trainer(name: str, contender: str) -> Callable[[], object]:
-    model, loss = make(name, hvd.rank())
-    # Plain SGD, the cheapest optimizer, so that nothing hides what aggregation costs.
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    if contender == "average":
-        optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
-    else:
-        optimizer = adacons.DistributedOptimizer(
-            optimizer, model.named_parameters(), aggregator=adacons.AdaCons(), schedule=contender
-        )
+def with_torch(folder: Path) -> tuple[Group, MakeTrainer]:
+    import horovod.torch as hvd
+    import torch
 
-    def once() -> None:
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
+    import adacons_hvd.torch as adacons
+    from benchmarks.models import make
 
-    return once
+    hvd.init()
+    torch.set_num_threads(1)
+
+    def trainer(name: str, contender: str) -> Trainer:
+        model, loss = make(name, hvd.rank())
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        if contender == "average":
+            optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+        else:
+            optimizer = adacons.DistributedOptimizer(
+                optimizer, model.named_parameters(), aggregator=adacons.AdaCons(), schedule=contender
+            )
+
+        def once() -> None:
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+
+        return once, sum(p.numel() for p in model.parameters())
+
+    return hvd, trainer
+
+
+def with_ddp(folder: Path) -> tuple[Group, MakeTrainer]:
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    import adacons_hvd.ddp as adacons
+    from adacons_hvd import AdaCons
+    from benchmarks.models import make
+
+    rank, size = (int(os.environ[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE"))
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'ranks'}", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+
+    def trainer(name: str, contender: str) -> Trainer:
+        inner, loss = make(name, rank)
+        model = DistributedDataParallel(inner)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        if contender != "average":
+            adacons.attach(model, optimizer, AdaCons(), schedule=contender)
+
+        def once() -> None:
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+
+        return once, sum(p.numel() for p in model.parameters())
+
+    class World:
+        rank = staticmethod(dist.get_rank)
+        barrier = staticmethod(dist.barrier)
+
+        @staticmethod
+        def allgather_object(value: object) -> list[object]:
+            values: list[object] = [None] * size
+            dist.all_gather_object(values, value)
+            return values
+
+    return World(), trainer
+
+
+def with_keras(folder: Path) -> tuple[Group, MakeTrainer]:
+    import horovod.tensorflow as hvd
+    import keras
+    import tensorflow as tf
+
+    import adacons_hvd.keras as adacons
+    from benchmarks.keras_models import make
+
+    hvd.init()
+
+    def trainer(name: str, contender: str) -> Trainer:
+        model, loss, inputs, labels = make(name, hvd.rank())
+        aggregator = None if contender == "average" else adacons.AdaCons()
+        optimizer = keras.optimizers.SGD(RATE)
+        if aggregator is None:
+            optimizer = adacons.DistributedOptimizer(optimizer)
+        else:
+            optimizer = adacons.DistributedOptimizer(optimizer, aggregator=aggregator, schedule=contender)
+        model.compile(optimizer, loss)
+        return lambda: model.train_on_batch(inputs, labels), sum(math.prod(v.shape) for v in model.trainable_variables)
+
+    class World:
+        rank = staticmethod(hvd.rank)
+        allgather_object = staticmethod(hvd.allgather_object)
+
+        @staticmethod
+        def barrier() -> None:
+            hvd.allreduce(tf.zeros(()), name="benchmark.barrier")
+
+    return World(), trainer
 
 
 def main() -> None:
     case, results = arguments()
-    hvd.init()
-    torch.set_num_threads(1)
+    prepare = {"torch": with_torch, "ddp": with_ddp, "keras": with_keras}[case["framework"]]
+    group, trainer = prepare(results.parent)
     # One model after the other may be measured in a process; what memory each takes only if it is the first.
-    contenders = {contender: trainer(case["model"], contender) for contender in case["contenders"]}
-    times = take_turns(contenders, case["turns"], case["seconds"])
+    trainers = {contender: trainer(case["model"], contender) for contender in case["contenders"]}
+    times = take_turns(group, {name: once for name, (once, _) in trainers.items()}, case["turns"], case["seconds"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peaks = hvd.allgather(torch.tensor([peak]), name="benchmark.memory").tolist()
-    parameters = sum(p.numel() for p in make(case["model"], 0)[0].parameters())
-    hand_over(results, {"times": times, "peak": max(peaks), "parameters": parameters})
+    (parameters,) = {parameters for _, parameters in trainers.values()}
+    hand_over(group, results, {"times": times, "peak": max(group.allgather_object(peak)), "parameters": parameters})
 
 
 if __name__ == "__main__":

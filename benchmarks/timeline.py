@@ -43,7 +43,7 @@ def work(overlap: bool) -> None:
     )
     for _ in range(STEPS):
         optimizer.zero_grad()
-        value = loss()
+        value = loss(model)
         # A collective that stands for the moment when backward begins.
         hvd.allreduce(torch.zeros(1), name="backward")
         value.backward()

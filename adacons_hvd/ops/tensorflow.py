@@ -142,10 +142,11 @@ def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
 # --- large operations -----------------------------------------------------------------------
 
 
-def compiled(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
-    """``function`` in the form in which it runs in training: a graph."""
-    graph: Callable[[tf.Tensor], tf.Tensor] = tf.function(function, autograph=False)
-    return graph
+def bound(function: Callable[[tf.Tensor], tf.Tensor], argument: tf.Tensor) -> Callable[[], tf.Tensor]:
+    """``function`` of this argument, in the form in which it runs in training: a graph."""
+    # Made here rather than in the first call, where TensorFlow warns that it makes many.
+    graph = tf.function(function, autograph=False).get_concrete_function(argument)
+    return lambda: graph(argument)
 
 
 def gradient(x: tf.Tensor, half: bool = False) -> tf.Tensor:

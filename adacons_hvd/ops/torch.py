@@ -135,9 +135,9 @@ def reshape(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 # --- large operations -----------------------------------------------------------------------
 
 
-def compiled(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``function`` in the form in which it runs in training: as it is."""
-    return function
+def bound(function: Callable[[torch.Tensor], torch.Tensor], argument: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """``function`` of this argument, in the form in which it runs in training: as it is."""
+    return lambda: function(argument)
 
 
 def gradient(x: torch.Tensor, half: bool = False) -> torch.Tensor:
