@@ -16,8 +16,9 @@ The last of these must be known before anything but a sum leaves during backward
 would crash the rank which has left. So one more small sum, of who is here, starts with backward,
 and parcels that are full wait for its result. It takes no time from backward.
 
-A schedule that sends nothing during backward begins together with the flags, so that a step takes
-one round trip and not two. Its first collective is a sum, which may leave whoever is here.
+Parcels that were not full by then leave together with the flags, whose round trip so costs nothing.
+Those of a schedule that sends nothing during backward (``gather``) do, too: its first collective is
+a sum, which may leave whoever is here.
 """
 
 from __future__ import annotations
@@ -144,9 +145,7 @@ class Reducer:
             if slot.parcel.waiting == 0 and not slot.parcel.bucket.begun:
                 self._full.append(slot.parcel)
         if self._full and self._all_are_here():
-            for parcel in self._full:
-                parcel.load()
-                parcel.bucket.begin()
+            self._send(self._full)
             self._full.clear()
 
     def _ask_who_is_here(self) -> None:
@@ -204,13 +203,11 @@ class Reducer:
             self._number = take_number(self.settings.process_set)
         self._full.clear()
         self._ask_who_is_here()
-        self._all_are_here(wait=True)
+        all_are_here = self._all_are_here(wait=True)
         self._presence = None
         current = self._layout_is_current()
-        if current and self._at_once:
-            for parcel in self._parcels:
-                parcel.load()
-                parcel.bucket.begin()
+        if current and (self._at_once or (self._overlaps and all_are_here)):
+            self._send(self._parcels)
         slots = list(self._slots.values()) if current else self._draft()
         digest = self._digest if current else agreement.digest(self._description(slots))
         begun = any(parcel.bucket.begun for parcel in self._parcels)
@@ -233,15 +230,19 @@ class Reducer:
     def name(self) -> str:
         return f"adacons.{self._number}"
 
+    def _send(self, parcels: Sequence[Parcel]) -> None:
+        """Begin with those that have not begun."""
+        for parcel in parcels:
+            if not parcel.bucket.begun:
+                parcel.load()
+                parcel.bucket.begin()
+
     def _recall(self, parcels: Sequence[Parcel]) -> None:
         """Bring everything under way to an end, and forget it.
 
         What one rank has begun, all must begin, or it would wait for them for ever.
         """
-        for parcel in parcels:
-            if not parcel.bucket.begun:
-                parcel.load()
-                parcel.bucket.begin()
+        self._send(parcels)
         for parcel in parcels:
             try:
                 parcel.bucket.abandon()
