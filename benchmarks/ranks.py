@@ -38,12 +38,12 @@ def take_turns(
     """Seconds of every turn, the slowest rank's, by contender.
 
     Each contender first has two turns that do not count. ``seconds`` is about how long all turns
-    may take; there are three at least.
+    may take; there are five at least.
     """
     for once in contenders.values():
         _timed(group, once)
     expected = sum(_together(group, [_timed(group, once) for once in contenders.values()]))
-    turns = max(3, min(turns, int(seconds / max(expected, 1e-6))))
+    turns = max(5, min(turns, int(seconds / max(expected, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
     for turn in range(turns):
