@@ -115,6 +115,20 @@ def show(console: Console, measured: Sequence[dict[str, Any]]) -> None:
             console.print(f"local arithmetic, GB/s: {speeds}")
     console.print(table)
     console.print(detours(measured))
+    console.print(phases(measured))
+
+
+def phases(measured: Sequence[dict[str, Any]]) -> Table:
+    """Where the time of a step goes."""
+    table = Table("case", "cluster", "schedule", "ms of", title="where a step's time goes, mean of the ranks")
+    for entry in measured:
+        for answer in entry["result"] if entry["kind"] == "collectives" else ():
+            for mode, parts in answer["phases"].items():
+                schedule = answer["choices"][mode]["schedule"]
+                longest = sorted(parts.items(), key=lambda part: -part[1])
+                text = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in longest)
+                table.add_row(f"d = {answer['length']:,}", str(Cluster(**entry["cluster"])), schedule, text)
+    return table
 
 
 def detours(measured: Sequence[dict[str, Any]]) -> Table:

@@ -11,6 +11,7 @@ import horovod.torch as hvd
 import torch
 
 import adacons_hvd.torch as adacons
+from benchmarks.phases import take_apart
 from benchmarks.ranks import arguments, hand_over, take_turns
 
 #: A layer's worth of elements: gradients come in pieces.
@@ -82,7 +83,8 @@ def main() -> None:
                 contenders[name] = optimizers[name].synchronize
         times = take_turns(hvd, contenders, case["turns"], case["seconds"])
         choices = {name: asdict(o.report.choice) for name, o in optimizers.items() if o.report}
-        answers.append({"length": length, "times": times, "choices": choices})
+        phases = {name: take_apart(optimizers[name].synchronize, 5) for name in ("auto", "fast") if name in optimizers}
+        answers.append({"length": length, "times": times, "choices": choices, "phases": phases})
         # Gradients of one length are gone before the next are made.
         del contenders, optimizers
     hand_over(hvd, results, answers)

@@ -1,0 +1,84 @@
+"""Where a step's time goes: what a rank computes, and what it waits for."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import horovod.torch as hvd
+
+from adacons_hvd import AdaCons
+from adacons_hvd.collectives import horovod_torch
+from adacons_hvd.schedules import DenseBucket, Step
+from adacons_hvd.torch import reducer
+from adacons_hvd.torch.parcels import DenseParcel
+
+# What is timed, by the name of the phase. Waiting counts for the phase it happens in.
+_WAITING = "waiting"
+_PARTS: list[tuple[str, Any, str]] = [
+    ("other Python", reducer.Reducer, "synchronize"),
+    ("flags", reducer, "exchange_flags"),
+    ("copy in", DenseParcel, "load"),
+    ("send", DenseBucket, "begin"),
+    ("inner products", DenseBucket, "shares"),
+    ("table", Step, "_statistics"),
+    ("weights", AdaCons, "decide"),
+    ("apply", DenseBucket, "combine"),
+    ("result", DenseBucket, "finish"),
+    ("copy out", DenseParcel, "deliver"),
+    (_WAITING, horovod_torch, "_wait"),
+]
+
+
+class _Clock:
+    """Seconds by phase, without those of phases within."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._within: list[float] = [0.0]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if name == _WAITING:
+            name = f"wait for {self._open[-1] if self._open else 'others'}"
+        self._open.append(name)
+        self._within.append(0.0)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            taken = time.perf_counter() - start
+            self._open.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + taken - self._within.pop()
+            self._within[-1] += taken
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+
+def take_apart(step: Callable[[], object], turns: int) -> dict[str, float]:
+    """The median seconds of each phase of a step, the mean of all ranks."""
+    found = []
+    for _ in range(turns):
+        clock = _Clock()
+        hvd.barrier()
+        with ExitStack() as stack:
+            for name, owner, attribute in _PARTS:
+                timed = clock.around(name, getattr(owner, attribute))
+                stack.enter_context(mock.patch.object(owner, attribute, timed))
+            step()
+        found.append(clock.seconds)
+    mine = {name: statistics.median(seconds[name] for seconds in found) for name in found[0]}
+    everyone = hvd.allgather_object(mine, name="benchmark.phases")
+    return {name: statistics.mean(phases[name] for phases in everyone) for name in mine}
