@@ -19,7 +19,8 @@ __all__ = ["measured_rates"]
 
 #: Bytes of the messages. What is larger takes longer in proportion.
 _SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 24)
-#: A message that takes this many seconds is not sent again, and the largest is not tried after it.
+#: A message that takes this many seconds is sent only once more, because packets may have been lost,
+#: and the largest is not tried after it.
 _ENOUGH = 0.3
 #: Elements of the gradients that arithmetic is timed on, all workers' together.
 _ELEMENTS = 1 << 21
@@ -93,8 +94,8 @@ class _Calibration:
             once = self._call(functools.partial(self._first, operation, label), message)
             once()  # does not count
             seconds = self._slowest(_time(once, 1), f"{label}.seconds")
-            if seconds < _ENOUGH:
-                seconds = self._slowest(_time(once, _REPEATS), f"{label}.seconds")
+            again = _REPEATS if seconds < _ENOUGH else 1
+            seconds = min(seconds, self._slowest(_time(once, again), f"{label}.seconds"))
             points.append((float(size), seconds))
             if seconds > _ENOUGH and size == _SIZES[-2]:
                 break

@@ -14,8 +14,10 @@ from . import Pending, ready
 # integers of the same width. Adding does, so a sum is made in float32.
 _CARRIER = {torch.bfloat16: torch.int16}
 
-# Seconds. Horovod's background thread wakes up once a millisecond, and this is a twentieth of that.
+# Seconds. Horovod's background thread wakes up once a millisecond: the shortest is a twentieth of
+# that, and longer than that would keep others waiting for a rank that has what it needs.
 _SHORTEST_SLEEP = 5e-5
+_LONGEST_SLEEP = 1e-3
 
 
 class HorovodTorch:
@@ -86,9 +88,10 @@ def _wait(handle: int) -> Any:
 
     Horovod's own waiting is asking again and again. Where there are more ranks than processors
     that takes the processor from the very threads which would finish the operation. Here a rank
-    sleeps between looks for an eighth of the time it has waited, so it adds no more than that.
+    sleeps between looks for an eighth of the time it has waited, but a millisecond at most.
     """
     start = time.perf_counter()
     while not hvd.poll(handle):
-        time.sleep(max(_SHORTEST_SLEEP, (time.perf_counter() - start) / 8))
+        waited = time.perf_counter() - start
+        time.sleep(min(max(waited / 8, _SHORTEST_SLEEP), _LONGEST_SLEEP))
     return hvd.synchronize(handle)
