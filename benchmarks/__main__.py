@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -177,6 +178,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only cases whose description holds this")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     args = parser.parse_args()
+    # So that ending this ends the job it waits for, and takes the emulated hosts down.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
     if reason := hosts.why_not():
