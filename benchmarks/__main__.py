@@ -10,29 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from . import hosts
 from .jobs import Cluster, JobError, run
+from .tables import APPROXIMATE, EXACT, Entry, draw, show
 
-EXACT = ["two-pass", "one-pass", "gather"]
-APPROXIMATE = ["half", "sketch"]
 EVERYTHING = ["paper", *EXACT, *APPROXIMATE, "auto", "fast"]
 
 # A case: its kind (which is the program the ranks run), its cluster, and what the program is told.
 Case = tuple[str, Cluster, dict[str, Any]]
-# What, where, contender, seconds, ratio to the peer, and the spread of that.
-Line = tuple[str, str, str, float, float, float]
 
 
 def cases(full: bool) -> list[Case]:
@@ -87,102 +81,6 @@ def cases(full: bool) -> list[Case]:
     return [case for case in chosen if not case[1].megabits]
 
 
-def rows(
-    kind: str, cluster: Cluster, case: dict[str, Any], result: Any
-) -> list[tuple[str, str, str, float, float, float]]:
-    """Lines of the table: what, where, contender, seconds, ratio to the peer, and the ratio's spread."""
-    if kind == "collectives":
-        found = [(f"d = {answer['length']:,}", answer["times"]) for answer in result]
-    elif kind == "steps" and len(result["times"]) > 1:
-        found = [(f"{case['framework']}: {case['model']} step", result["times"])]
-    else:
-        return []
-    lines = []
-    for what, times in found:
-        peer = times["average"]
-        for name, own in times.items():
-            ratios = sorted(x / y for x, y in zip(own, peer, strict=True))
-            spread = ratios[-1 - len(ratios) // 10] - ratios[len(ratios) // 10]
-            lines.append((what, str(cluster), name, statistics.median(own), statistics.median(ratios), spread))
-    return lines
-
-
-def show(console: Console, measured: Sequence[dict[str, Any]]) -> None:
-    table = Table("case", "cluster", "contender", "ms", "ratio", "spread")
-    for entry in measured:
-        lines = rows(entry["kind"], Cluster(**entry["cluster"]), entry["case"], entry["result"])
-        for what, where, name, seconds, ratio, spread in lines:
-            table.add_row(what, where, name, f"{seconds * 1e3:.2f}", f"{ratio:.2f}", f"{spread:.2f}")
-        if lines:
-            table.add_section()
-        elif entry["kind"] == "steps":
-            (name,) = entry["result"]["times"]
-            peak, parameters = entry["result"]["peak"], entry["result"]["parameters"]
-            gradients = f"of which one gradient is {4 * parameters / 2**20:.0f} MiB"
-            console.print(f"{entry['case']['model']}, {name} alone: peak {peak / 2**20:.0f} MiB, {gradients}")
-        else:
-            weights = ", ".join(f"{n}: {x * 1e3:.2f} ms" for n, x in entry["result"]["weights"].items())
-            console.print(f"weights from statistics, by workers: {weights}")
-            speeds = ", ".join(f"{name} {x / 1e9:.1f}" for name, x in entry["result"]["bandwidth"].items())
-            console.print(f"local arithmetic, GB/s: {speeds}")
-    console.print(table)
-    console.print(detours(measured))
-    console.print(phases(measured))
-
-
-def phases(measured: Sequence[dict[str, Any]]) -> Table:
-    """Where the time of a step goes."""
-    table = Table("case", "cluster", "schedule", "ms of", title="where a step's time goes, mean of the ranks")
-    for entry in measured:
-        for answer in entry["result"] if entry["kind"] == "collectives" else ():
-            for mode, parts in answer["phases"].items():
-                schedule = answer["choices"][mode]["schedule"]
-                longest = sorted(parts.items(), key=lambda part: -part[1])
-                text = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in longest)
-                table.add_row(f"d = {answer['length']:,}", str(Cluster(**entry["cluster"])), schedule, text)
-    return table
-
-
-def detours(measured: Sequence[dict[str, Any]]) -> Table:
-    """What ``auto`` and ``fast`` chose beside the best they could have chosen."""
-    table = Table("case", "cluster", "mode", "took", "best", "took / best")
-    for entry in measured:
-        for answer in entry["result"] if entry["kind"] == "collectives" else ():
-            medians = {name: statistics.median(own) for name, own in answer["times"].items()}
-            for mode, allowed in (("auto", EXACT), ("fast", [*EXACT, *APPROXIMATE])):
-                if mode not in answer["choices"]:
-                    continue
-                took = answer["choices"][mode]["schedule"]
-                best = min((name for name in allowed if name in medians), key=lambda name: medians[name])
-                ratio = f"{medians[took] / medians[best]:.2f}"
-                table.add_row(f"d = {answer['length']:,}", str(Cluster(**entry["cluster"])), mode, took, best, ratio)
-    return table
-
-
-def draw(measured: Sequence[dict[str, Any]], path: Path) -> None:
-    """Expected against measured seconds, a point for every schedule in every case."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for entry in measured:
-        for answer in entry["result"] if entry["kind"] == "collectives" else ():
-            # `fast` compares all schedules when it chooses.
-            for name, seconds in answer["choices"].get("fast", {"expected": {}})["expected"].items():
-                if name not in answer["times"]:
-                    continue
-                points.setdefault(name, []).append((seconds, statistics.median(answer["times"][name])))
-    if not points:
-        return
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, pairs in points.items():
-        axes.scatter(*zip(*pairs, strict=True), label=name)
-    values = [value for pairs in points.values() for pair in pairs for value in pair]
-    ends = [min(values), max(values)]
-    axes.plot(ends, ends, color="grey", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="expected seconds", ylabel="measured seconds")
-    axes.legend()
-    figure.savefig(path, dpi=130)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every configuration; takes hours")
@@ -198,7 +96,8 @@ def main() -> int:
     elif not hosts.has_latency():
         console.print("No added latency: this kernel has no netem.")
     chosen = [case for case in cases(args.full) if args.only in f"{case[0]} {case[1]} {case[2]}"]
-    measured, failures = [], 0
+    measured: list[Entry] = []
+    failures = 0
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
     with bar:
         task = bar.add_task("", total=len(chosen))
@@ -215,7 +114,7 @@ def main() -> int:
                 measured.append({"kind": kind, "cluster": asdict(cluster), "case": case, "result": result})
                 (args.out / "results.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
             bar.advance(task)
-    show(console, measured)
+    show(measured, console)
     draw(measured, args.out / "expected.png")
     return 1 if failures else 0
 

@@ -1,0 +1,151 @@
+"""What was measured, as tables and a picture: ``python -m benchmarks.tables results.json``.
+
+Tables are Markdown, for people to read as they are and for ``docs/measurements.md`` to hold.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .jobs import Cluster
+
+EXACT = ["two-pass", "one-pass", "gather"]
+APPROXIMATE = ["half", "sketch"]
+
+# One case: its kind, its cluster, what its program was told, and what that found.
+Entry = dict[str, Any]
+
+
+def show(measured: Sequence[Entry], console: Console) -> None:
+    for table in (ratios(measured), choices(measured), phases(measured)):
+        if table.row_count:
+            console.print(table)
+    for entry in measured:
+        result = entry["result"]
+        if entry["kind"] == "weights":
+            weights = ", ".join(f"{n}: {x * 1e3:.2f} ms" for n, x in result["weights"].items())
+            console.print(f"Weights from statistics, by workers: {weights}.\n")
+            speeds = ", ".join(f"{name} {x / 1e9:.1f}" for name, x in result["bandwidth"].items())
+            console.print(f"Local arithmetic, GB/s: {speeds}.\n")
+        elif entry["kind"] == "steps" and len(result["times"]) == 1:
+            (name,) = result["times"]
+            one = f"one gradient is {4 * result['parameters'] / 2**20:.0f} MiB"
+            console.print(f"{entry['case']['model']}, {name} alone: peak {result['peak'] / 2**20:.0f} MiB; {one}.\n")
+
+
+def ratios(measured: Sequence[Entry]) -> Table:
+    """The peer's time, and what others took beside it."""
+    found = [(what, where, times) for what, where, times in _times(measured) if len(times) > 1]
+    names = list(dict.fromkeys(name for _, _, times in found for name in times if name != "average"))
+    table = _table("what", "where", "average, ms", *names)
+    for what, where, times in found:
+        peer = times["average"]
+        cells = [_ratio(times[name], peer) if name in times else "" for name in names]
+        table.add_row(what, where, f"{statistics.median(peer) * 1e3:.2f}", *cells)
+    return table
+
+
+def _ratio(own: Sequence[float], peer: Sequence[float]) -> str:
+    """The median of the turns' ratios, and how far apart the ninth decile and the first are."""
+    turns = sorted(x / y for x, y in zip(own, peer, strict=True))
+    spread = turns[-1 - len(turns) // 10] - turns[len(turns) // 10]
+    return f"{statistics.median(turns):.2f} ({spread:.2f})"
+
+
+def choices(measured: Sequence[Entry]) -> Table:
+    """Expected and measured milliseconds, and what was taken beside the best that could have been."""
+    names = [*EXACT, *APPROXIMATE]
+    table = _table("what", "where", *names, "auto took", "/ best", "fast took", "/ best")
+    for what, where, answer in _answers(measured):
+        medians = {name: statistics.median(times) for name, times in answer["times"].items()}
+        expected = {name: x for choice in answer["choices"].values() for name, x in choice["expected"].items()}
+        if not expected:
+            continue
+        cells = [f"{_short(expected, name)} / {_short(medians, name)}" for name in names]
+        for mode, allowed in (("auto", EXACT), ("fast", names)):
+            taken = answer["choices"].get(mode, {}).get("schedule", "")
+            beside = ""
+            if taken in medians:
+                beside = f"{medians[taken] / min(medians[name] for name in allowed if name in medians):.2f}"
+            cells += [taken, beside]
+        table.add_row(what, where, *cells)
+    return table
+
+
+def _short(seconds: dict[str, float], name: str) -> str:
+    return f"{seconds[name] * 1e3:.3g}" if name in seconds else "-"
+
+
+def phases(measured: Sequence[Entry]) -> Table:
+    """Where the time of a step goes, mean of the ranks."""
+    table = _table("what", "where", "schedule", "ms of a step, mean of the ranks")
+    for what, where, answer in _answers(measured):
+        # Where `auto` and `fast` took the same, once.
+        by_schedule = {answer["choices"][mode]["schedule"]: parts for mode, parts in answer["phases"].items()}
+        for schedule, parts in by_schedule.items():
+            longest = sorted(parts.items(), key=lambda part: -part[1])
+            text = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in longest if seconds >= 5e-6)
+            table.add_row(what, where, schedule, text)
+    return table
+
+
+def draw(measured: Sequence[Entry], path: Path) -> None:
+    """Expected against measured seconds, a point for every schedule in every case."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for _, _, answer in _answers(measured):
+        # `fast` compares all schedules when it chooses.
+        for name, seconds in answer["choices"].get("fast", {"expected": {}})["expected"].items():
+            if name in answer["times"]:
+                points.setdefault(name, []).append((seconds, statistics.median(answer["times"][name])))
+    if not points:
+        return
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, pairs in points.items():
+        axes.scatter(*zip(*pairs, strict=True), label=name)
+    values = [value for pairs in points.values() for pair in pairs for value in pair]
+    ends = [min(values), max(values)]
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="expected seconds", ylabel="measured seconds")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _table(*headers: str) -> Table:
+    return Table(*headers, box=box.MARKDOWN)
+
+
+def _answers(measured: Sequence[Entry]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What, where and results of every length of every case of collectives alone."""
+    for entry in measured:
+        if entry["kind"] == "collectives":
+            for answer in entry["result"]:
+                yield f"{answer['length']:,}", str(Cluster(**entry["cluster"])), answer
+
+
+def _times(measured: Sequence[Entry]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
+    for what, where, answer in _answers(measured):
+        yield f"{what} elements", where, answer["times"]
+    for entry in measured:
+        if entry["kind"] == "steps":
+            what = f"step in {entry['case']['framework']}, {entry['case']['model']}"
+            yield what, str(Cluster(**entry["cluster"])), entry["result"]["times"]
+
+
+def main() -> None:
+    measured = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    show(measured, Console(width=400))
+
+
+if __name__ == "__main__":
+    main()
