@@ -17,7 +17,8 @@ from .ops import Tensor, ops_for
 
 __all__ = ["measured_rates"]
 
-#: Bytes of the messages. What is larger takes longer in proportion.
+#: Bytes of the messages: the first two, and more up to one as large as the gradient. What is larger
+#: takes longer in proportion.
 _SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 24)
 #: A message that takes this many seconds is sent only once more, because packets may have been lost,
 #: and the largest is not tried after it.
@@ -30,14 +31,15 @@ _REPEATS = 3
 _known: dict[tuple[str, ...], Rates] = {}
 
 
-def measured_rates(collectives: Collectives, hosts: Sequence[str], reference: Tensor, name: str) -> Rates:
+def measured_rates(collectives: Collectives, hosts: Sequence[str], size: float, reference: Tensor, name: str) -> Rates:
     """The rates of this cluster, the same on every worker, measured unless all know them already.
 
-    ``hosts`` names every worker's host; ``reference`` is some tensor where gradients are; ``name``
-    is a prefix for the names of collectives.
+    ``hosts`` names every worker's host; ``size`` is that of the gradient in bytes; ``reference`` is
+    some tensor where gradients are; ``name`` is a prefix for the names of collectives.
     """
-    calibration = _Calibration(collectives, reference, name)
-    place = (type(collectives).__name__, *hosts)
+    sizes = _SIZES[: max(2, 1 + sum(smaller < size for smaller in _SIZES))]
+    calibration = _Calibration(collectives, sizes, reference, name)
+    place = (type(collectives).__name__, *hosts, str(len(sizes)))
     # In an elastic job a new worker may stand where another was, and know nothing.
     if not all(known for (known,) in calibration.gather([float(place in _known)], "known")):
         _known[place] = calibration.rates(len(set(hosts)))
@@ -45,8 +47,9 @@ def measured_rates(collectives: Collectives, hosts: Sequence[str], reference: Te
 
 
 class _Calibration:
-    def __init__(self, collectives: Collectives, reference: Tensor, name: str) -> None:
+    def __init__(self, collectives: Collectives, sizes: Sequence[int], reference: Tensor, name: str) -> None:
         self.collectives = collectives
+        self.sizes = sizes
         self.reference = reference
         self.name = name
         self.ops = ops_for(reference)
@@ -76,7 +79,7 @@ class _Calibration:
         """Seconds by bytes; of one worker's message, or of the whole result of an allgather."""
         ops, n = self.ops, self.collectives.size
         points: list[tuple[float, float]] = []
-        for size in _SIZES:
+        for size in self.sizes:
             label = f"{kind}.{size}"
             message = ops.zeros((size // 4 // n * n,), self.reference)
             if kind == "allgather":

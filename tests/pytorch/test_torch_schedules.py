@@ -77,18 +77,23 @@ def test_a_sketch_costs_the_weights_a_few_percent(cluster):
             assert len({round(error, 9) for error in errors}) == len(errors)
 
 
-def choice(schedule: object, elements: int) -> tuple[str, str]:
+def choice(schedule: object, elements: int, hosts: int = 1) -> tuple[str, str]:
+    """What is chosen and why, by ranks that take themselves to be on so many hosts."""
+    from unittest import mock
+
     import torch
 
     import adacons_hvd.torch as hvd
     from adacons_hvd import AdaCons
+    from adacons_hvd.torch import reducer
 
     hvd.init()
     parameter = torch.nn.Parameter(torch.zeros(elements))
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD([parameter], lr=1.0), aggregator=AdaCons(), schedule=schedule)
-    for _ in range(2):
-        parameter.grad = torch.ones(elements)
-        optimizer.step()
+    with mock.patch.object(reducer, "host_name", return_value=f"host {hvd.rank() % hosts}"):
+        for _ in range(2):
+            parameter.grad = torch.ones(elements)
+            optimizer.step()
     return optimizer.report.schedule, optimizer.report.reason
 
 
@@ -109,6 +114,13 @@ def test_auto_measures_the_cluster_and_all_ranks_choose_alike(cluster):
 def test_a_small_gradient_is_not_worth_measuring_for(cluster):
     assert cluster.run(choice, "auto", 1000)[0] == cluster.run(choice, "auto", 1000)[1]
     assert "measured" not in cluster.run(choice, "auto", 1000)[0][1]
+
+
+@pytest.mark.ranks(2)
+def test_between_hosts_even_a_small_gradient_is(cluster):
+    choices = cluster.run(choice, "auto", 1000, 2)
+    assert len(set(choices)) == 1
+    assert choices[0][1].startswith("auto: for 0.004 MB and 2 workers on 2 hosts, measured, ")
 
 
 @pytest.mark.ranks(2)
