@@ -54,6 +54,8 @@ def run(program: str, cluster: Cluster, case: dict[str, Any], timeout: float) ->
             hosts = stack.enter_context(emulated(cluster.hosts, cluster.megabits, cluster.milliseconds, folder))
         results = folder / "results.json"
         rank = [sys.executable, "-m", f"benchmarks.{program}", json.dumps(case), str(results)]
+        if hosts:
+            rank = [*_IN_TURN, *rank]
         command = [*_launch(cluster, hosts), *rank]
         if hosts:
             command = [str(hosts.agent), hosts.addresses[0], shlex.join(command)]
@@ -95,8 +97,6 @@ def _launch(cluster: Cluster, hosts: Hosts | None) -> list[str]:
     if hosts:
         options += ["-H", ",".join(where)]
         settings |= {"btl": "self,tcp", "plm_rsh_agent": str(hosts.agent), "plm_rsh_no_tree_spawn": "1"}
-        # Open MPI does not know that hosts share the processors. Ranks that spin while they wait take them from those
-        # that have something to do, and even an average of a few numbers takes 150 ms.
         settings |= {"mpi_yield_when_idle": "1"}
     else:
         settings |= {"btl": "self,vader,tcp", "btl_vader_single_copy_mechanism": "none"}
@@ -106,6 +106,11 @@ def _launch(cluster: Cluster, hosts: Hosts | None) -> list[str]:
         options += ["-x", variable]
     return ["mpirun", "-np", str(cluster.ranks), *options]
 
+
+# Emulated hosts share the processors, which Open MPI cannot know. Where ranks spin while they wait, even an average of
+# a few numbers takes 150 ms. Where they offer to let others run, Linux' usual scheduler now and then keeps a rank that
+# has all it needs from running for seconds; in real-time turns, an offer is taken up at once by the next in line.
+_IN_TURN = ["chrt", "--rr", "1"]
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
