@@ -20,12 +20,14 @@ __all__ = ["measured_rates"]
 #: Bytes of the messages: the first two, and more up to one as large as the gradient. What is larger
 #: takes longer in proportion.
 _SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 24)
-#: A message that takes this many seconds is sent only once more, because packets may have been lost,
-#: and the largest is not tried after it.
+#: The largest is not tried after one that takes this many seconds.
 _ENOUGH = 0.3
+#: A message is sent this many times more after its first, because packets are lost and the first also
+#: sets things up; but only once more if that took so many seconds.
+_REPEATS = 3
+_LONG = 1.0
 #: Elements of the gradients that arithmetic is timed on, all workers' together.
 _ELEMENTS = 1 << 21
-_REPEATS = 3
 
 # Rates are the same on all workers, and known for as long as the cluster stays as it is.
 _known: dict[tuple[str, ...], Rates] = {}
@@ -95,9 +97,8 @@ class _Calibration:
                 "allgather": self.collectives.allgather,
             }[kind]
             once = self._call(functools.partial(self._first, operation, label), message)
-            once()  # does not count
             seconds = self._slowest(_time(once, 1), f"{label}.seconds")
-            again = _REPEATS if seconds < _ENOUGH else 1
+            again = _REPEATS if seconds < _LONG else 1
             seconds = min(seconds, self._slowest(_time(once, again), f"{label}.seconds"))
             points.append((float(size), seconds))
             if seconds > _ENOUGH and size == _SIZES[-2]:
