@@ -69,7 +69,7 @@ def cases(full: bool) -> list[Case]:
                     cluster = Cluster(count, per_host, megabits, delay)
                     chosen.append(collectives(cluster, [10_000]))
                     chosen.append(collectives(cluster, [length], sensible))
-        # Those of both.
+        # Some of the default cases are among these again.
         chosen = [case for i, case in enumerate(chosen) if case not in chosen[:i]]
     models = ("cnn", "resnet-50", "transformer", "recommender")
     chosen += [steps(kind, model, ["average", "auto"], 30) for kind in ("torch", "ddp", "keras") for model in models]

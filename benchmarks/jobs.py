@@ -97,7 +97,7 @@ def _launch(cluster: Cluster, hosts: Hosts | None) -> list[str]:
     if hosts:
         options += ["-H", ",".join(where)]
         settings |= {"btl": "self,tcp", "plm_rsh_agent": str(hosts.agent), "plm_rsh_no_tree_spawn": "1"}
-        settings |= {"mpi_yield_when_idle": "1"}
+        settings["mpi_yield_when_idle"] = "1"  # see _IN_TURN
     else:
         settings |= {"btl": "self,vader,tcp", "btl_vader_single_copy_mechanism": "none"}
     for name, value in settings.items():

@@ -27,8 +27,14 @@ Entry = dict[str, Any]
 
 
 def show(measured: Sequence[Entry], console: Console) -> None:
-    for table in (ratios(measured), choices(measured), phases(measured)):
+    tables = {
+        "Beside averaging": ratios(measured),
+        "What the cost model expected / what was measured, ms": choices(measured),
+        "Where a step's time goes": phases(measured),
+    }
+    for title, table in tables.items():
         if table.row_count:
+            console.print(f"## {title}\n")
             console.print(table)
     for entry in measured:
         result = entry["result"]
