@@ -18,16 +18,18 @@ from .ops import Tensor, ops_for
 __all__ = ["measured_rates"]
 
 #: Bytes of the messages: the first two, and more up to one as large as the gradient. What is larger
-#: takes longer in proportion.
-_SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 24)
+#: takes longer in proportion; the largest does not fit into a processor's cache beside what it
+#: becomes, so that this holds.
+_SIZES = (1 << 12, 1 << 18, 1 << 22, 1 << 25)
 #: The largest is not tried after one that takes this many seconds.
 _ENOUGH = 0.3
 #: A message is sent this many times more after its first, because packets are lost and the first also
 #: sets things up; but only once more if that took so many seconds.
 _REPEATS = 3
 _LONG = 1.0
-#: Elements of the gradients that arithmetic is timed on, all workers' together.
-_ELEMENTS = 1 << 21
+#: Bytes of the gradients that arithmetic is timed on, all workers' together, or as many as the
+#: largest message has.
+_LOOKED_AT = 1 << 23
 
 # Rates are the same on all workers, and known for as long as the cluster stays as it is.
 _known: dict[tuple[str, ...], Rates] = {}
@@ -52,6 +54,7 @@ class _Calibration:
     def __init__(self, collectives: Collectives, sizes: Sequence[int], reference: Tensor, name: str) -> None:
         self.collectives = collectives
         self.sizes = sizes
+        self.elements = max(_LOOKED_AT, sizes[-1]) // 4
         self.reference = reference
         self.name = name
         self.ops = ops_for(reference)
@@ -90,13 +93,16 @@ class _Calibration:
                 message = ops.gradient(ops.zeros((size // 2,), self.reference), half=True)
             else:
                 message = ops.gradient(message)
+            # Where schedules keep memory for what arrives: fresh memory takes longer than sending does.
+            (length,) = ops.shape(message)
+            room = ops.room(message, length * n if kind == "allgather" else length, half=False)
             operation = {
                 "allreduce": self.collectives.allreduce,
                 "half": self.collectives.allreduce,
                 "alltoall": self.collectives.alltoall,
                 "allgather": self.collectives.allgather,
             }[kind]
-            once = self._call(functools.partial(self._first, operation, label), message)
+            once = self._call(functools.partial(self._first, operation, label, room), message)
             seconds = self._slowest(_time(once, 1), f"{label}.seconds")
             again = _REPEATS if seconds < _LONG else 1
             seconds = min(seconds, self._slowest(_time(once, again), f"{label}.seconds"))
@@ -108,33 +114,34 @@ class _Calibration:
     def _slowest(self, seconds: float, what: str) -> float:
         return max(value for (value,) in self.gather([seconds], what))
 
-    def _first(self, operation: Callable[..., Pending], label: str, message: Tensor) -> Tensor:
-        return operation(message, f"{self.name}.{label}").wait()[:1]
+    def _first(self, operation: Callable[..., Pending], label: str, room: Tensor | None, message: Tensor) -> Tensor:
+        return operation(message, f"{self.name}.{label}", out=room).wait()[:1]
 
     # --- arithmetic -----------------------------------------------------------------------------
 
     def _matrix(self) -> Tensor:
         n = self.collectives.size
-        return self.ops.gradient(self.ops.zeros((n, _ELEMENTS // n), self.reference) + 1)
+        return self.ops.gradient(self.ops.zeros((n, self.elements // n), self.reference) + 1)
 
     def _looking(self) -> float:
-        return _time(self._call(self.ops.consensus, self._matrix())) / (4 * _ELEMENTS)
+        return _time(self._call(self.ops.consensus, self._matrix())) / (4 * self.elements)
 
     def _combining(self) -> float:
         n, ops = self.collectives.size, self.ops
         weights = ops.like([1.0] * n, self.reference)
-        return _time(self._call(lambda rows: ops.combine(weights, rows)[:1], self._matrix())) / (4 * _ELEMENTS)
+        return _time(self._call(lambda rows: ops.combine(weights, rows)[:1], self._matrix())) / (4 * self.elements)
 
     def _own(self) -> float:
         ops = self.ops
         one = ops.like([1.0], self.reference)[0]
 
-        def look_and_scale(flat: Tensor) -> Tensor:
-            moments = ops.moments(flat, flat)
-            return moments[:1] + ops.wide(ops.scale_segments(flat, [(0, _ELEMENTS, one)])[:1])
+        mean = ops.gradient(ops.zeros((self.elements,), self.reference))
 
-        flat = ops.gradient(ops.zeros((_ELEMENTS,), self.reference))
-        return _time(self._call(look_and_scale, flat)) / (4 * _ELEMENTS)
+        def look_and_scale(flat: Tensor) -> Tensor:
+            moments = ops.moments(flat, mean)
+            return moments[:1] + ops.wide(ops.scale_segments(flat, [(0, self.elements, one)])[:1])
+
+        return _time(self._call(look_and_scale, ops.zeros_like(mean))) / (4 * self.elements)
 
     def _call(self, operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[], list[float]]:
         """A function that does it, and has done it when it returns."""
