@@ -1,8 +1,9 @@
 """Measure what ``schedule="auto"`` decides by: how long collectives and arithmetic take here.
 
-A few messages of growing size, and one look at a matrix: some tenths of a second, once per cluster
-and process. Measured are the very collectives and operations that schedules are made of, by all
-workers at once, so whatever the cluster is like, shared cards, shared memory or both, it shows.
+A few messages of growing size, and one look at a matrix, once per cluster and process: a second or
+two, ten on a slow network. Measured are the very collectives and operations that schedules are made
+of, by all workers at once, so whatever the cluster is like, shared cards, shared memory or both, it
+shows.
 """
 
 from __future__ import annotations
