@@ -2,8 +2,8 @@
 
 Needs root, and Debian's iproute2. Every host is a namespace with one card, whose traffic a token
 bucket limits in both directions; the switch is a bridge in a namespace of its own, so the machine's
-own network is never touched. Added latency needs the kernel's netem, which not every kernel has;
-:func:`has_latency` tells.
+own network is never touched. Hosts that are some milliseconds apart are joined to the switch by
+:mod:`benchmarks.cable`, a process each, because few kernels have netem.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +39,6 @@ def why_not() -> str:
     return ""
 
 
-def has_latency() -> bool:
-    """Whether this kernel can delay packets."""
-    name = f"adacons-{os.getpid()}-probe"
-    _ip("netns", "add", name)
-    try:
-        command = ["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
-        return subprocess.run(command, env=_ENV, capture_output=True, check=False).returncode == 0
-    finally:
-        _ip("netns", "del", name)
-
-
 @contextlib.contextmanager
 def emulated(count: int, megabits: float, milliseconds: float, folder: Path) -> Iterator[Hosts]:
     """``count`` hosts for as long as the context lasts, ``milliseconds`` apart from each other."""
@@ -65,25 +55,45 @@ def emulated(count: int, megabits: float, milliseconds: float, folder: Path) -> 
         _ip("-n", switch, "link", "set", "bridge", "up")
         for number, (name, address) in enumerate(zip(names, addresses, strict=True)):
             port = f"port{number}"
-            _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "card", "netns", name)
+            if milliseconds:
+                cable = stack.enter_context(_cable(switch, f"card{number}", port, milliseconds / 1000))
+                _ip("-n", switch, "link", "set", cable, "netns", name, "name", "card")
+            else:
+                _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "card", "netns", name)
             _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
             _ip("-n", name, "address", "add", f"{address}/24", "dev", "card")
             _ip("-n", name, "link", "set", "card", "up")
-            # Both directions are limited where packets enter the cable; what is delayed is the host's side.
-            for place, device, delay in ((name, "card", milliseconds), (switch, port, 0.0)):
-                _shape(place, device, megabits, delay)
+            # Both directions are limited where packets enter the cable.
+            for place, device in ((name, "card"), (switch, port)):
+                _limit(place, device, megabits)
         yield Hosts(addresses, make_agent(folder, dict(zip(addresses, names, strict=True))))
 
 
-def _shape(place: str, device: str, megabits: float, milliseconds: float) -> None:
+@contextlib.contextmanager
+def _cable(switch: str, card: str, port: str, seconds: float) -> Iterator[str]:
+    """Two cards in the switch's namespace, joined by a cable that long; the first one's name."""
+    # Before ranks, which take real-time turns, when there is something to carry.
+    command = ["chrt", "--rr", "2", sys.executable, "-m", "benchmarks.cable", card, port, str(seconds)]
+    process = subprocess.Popen(
+        ["ip", "netns", "exec", switch, *command],
+        cwd=Path(__file__).resolve().parents[1],
+        env=_ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    # Leaving closes its standard input, which ends it.
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield card
+
+
+def _limit(place: str, device: str, megabits: float) -> None:
     # A bucket of two milliseconds' worth: smaller ones cost throughput, larger ones hide the limit.
     burst = max(32_000, int(megabits * 1e6 / 8 * 0.002))
-    limit = ["rate", f"{megabits}mbit", "burst", str(burst), "latency", "50ms"]
-    parent = ["root", "handle", "1:"]
-    if milliseconds:
-        _tc(place, device, *parent, "netem", "delay", f"{milliseconds}ms", "limit", "100000")
-        parent = ["parent", "1:1", "handle", "10:"]
-    _tc(place, device, *parent, "tbf", *limit)
+    limit = ["tbf", "rate", f"{megabits}mbit", "burst", str(burst), "latency", "50ms"]
+    command = ["ip", "netns", "exec", place, "tc", "qdisc", "add", "dev", device, "root", *limit]
+    subprocess.run(command, env=_ENV, check=True)
 
 
 def make_agent(folder: Path, names: Mapping[str, str]) -> Path:
@@ -117,8 +127,3 @@ _ENV = {**os.environ, "PATH": _PATH}
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], env=_ENV, check=True)
-
-
-def _tc(place: str, device: str, *arguments: str) -> None:
-    command = ["ip", "netns", "exec", place, "tc", "qdisc", "add", "dev", device, *arguments]
-    subprocess.run(command, env=_ENV, check=True)
