@@ -87,16 +87,12 @@ class _Calibration:
         points: list[tuple[float, float]] = []
         for size in self.sizes:
             label = f"{kind}.{size}"
-            message = ops.zeros((size // 4 // n * n,), self.reference)
-            if kind == "allgather":
-                message = message[: size // 4 // n]
-            if kind == "half":
-                message = ops.gradient(ops.zeros((size // 2,), self.reference), half=True)
-            else:
-                message = ops.gradient(message)
+            half = kind == "half"
+            arriving = size // (2 if half else 4) // n * n
+            sent = arriving // n if kind == "allgather" else arriving
+            message = ops.gradient(ops.zeros((sent,), self.reference), half=half)
             # Where schedules keep memory for what arrives: fresh memory takes longer than sending does.
-            (length,) = ops.shape(message)
-            room = ops.room(message, length * n if kind == "allgather" else length, half=False)
+            room = ops.room(message, arriving, half=half)
             operation = {
                 "allreduce": self.collectives.allreduce,
                 "half": self.collectives.allreduce,
