@@ -62,9 +62,10 @@ def cases(full: bool) -> list[Case]:
         chosen += [collectives(Cluster(1, n), small, ["adasum", "auto"]) for n in (2, 4, 8)]
         chosen += [collectives(Cluster(1, n, launcher="gloo"), small) for n in (2, 4, 8)]
         chosen += [collectives(Cluster(2, 2, 1000, launcher="gloo"), [10_000, 1_000_000])]
+        delays = (0, 1) if hosts.has_latency() else (0,)
         for count, per_host in ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (2, 4)):
             for megabits, length in ((100, 1_000_000), (1000, 4_000_000), (10_000, 4_000_000)):
-                for delay in (0, 1):
+                for delay in delays:
                     cluster = Cluster(count, per_host, megabits, delay)
                     chosen.append(collectives(cluster, [10_000]))
                     chosen.append(collectives(cluster, [length], sensible))
@@ -92,6 +93,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if reason := hosts.why_not():
         console.print(f"No emulated hosts: {reason}.")
+    elif not hosts.has_latency():
+        console.print("No added latency: there is no /dev/net/tun.")
     chosen = [case for case in cases(args.full) if args.only in f"{case[0]} {case[1]} {case[2]}"]
     measured: list[Entry] = []
     failures = 0

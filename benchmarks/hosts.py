@@ -39,6 +39,11 @@ def why_not() -> str:
     return ""
 
 
+def has_latency() -> bool:
+    """Whether hosts can be some milliseconds apart: whether there are network cards for programs."""
+    return os.access("/dev/net/tun", os.R_OK | os.W_OK)
+
+
 @contextlib.contextmanager
 def emulated(count: int, megabits: float, milliseconds: float, folder: Path) -> Iterator[Hosts]:
     """``count`` hosts for as long as the context lasts, ``milliseconds`` apart from each other."""
