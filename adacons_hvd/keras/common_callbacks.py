@@ -6,7 +6,7 @@ Horovod's own call what Keras 3 no longer has (``optimizer.lr``, ``backend.get_v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .backends import backend_of
@@ -18,8 +18,10 @@ __all__ = [
     "LearningRateScheduleCallback",
     "LearningRateWarmupCallback",
     "MetricAverageCallback",
-    "broadcast_model",
+    "broadcast_memories",
+    "broadcast_variables",
     "make_callbacks",
+    "variables_of_optimizer",
 ]
 
 Logs = dict[str, Any]
@@ -69,7 +71,12 @@ class BroadcastGlobalVariablesCallback(_Mixin):
             self._broadcast()
 
     def _broadcast(self) -> None:
-        broadcast_model(self.backend_module, self.model, self.model.optimizer, self.root_rank, self._local)
+        optimizer, module = self.model.optimizer, self.backend_module
+        variables = [v for v in self.model.variables if id(v) not in self._local]
+        broadcast_variables(module, [*variables, *variables_of_optimizer(optimizer)], self.root_rank)
+        part = distributed_part(optimizer)
+        if part is not None:
+            broadcast_memories(module, [part._adacons.exchange], self.root_rank)
         self.broadcast_done = True
 
 
@@ -241,18 +248,21 @@ class AggregationLogger(_Mixin):
             logs["adacons_fallbacks"] = report.fallbacks
 
 
-def broadcast_model(module: Any, model: Any, optimizer: Any, root_rank: int, local: set[int] | None = None) -> None:
-    """Give every rank the root's model, optimizer and aggregator."""
-    variables = [v for v in model.variables if id(v) not in (local or ()) and _is_shared(v)]
-    module.broadcast_variables(variables, root_rank)
-    own = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
-    module.broadcast_variables(list(own), root_rank)
-    part = distributed_part(optimizer)
-    if part is not None:
-        exchange = part._adacons.exchange
-        state = module.broadcast_object(exchange.state_dict(), root_rank, "adacons.state")
-        if state:
-            exchange.load_state_dict(state)
+def variables_of_optimizer(optimizer: Any) -> list[Any]:
+    own = optimizer.variables
+    return list(own() if callable(own) else own)
+
+
+def broadcast_variables(module: Any, variables: Sequence[Any], root_rank: int) -> None:
+    """Give every rank the root's values; states of random number generators stay each rank's own."""
+    module.broadcast_variables([v for v in variables if _is_shared(v)], root_rank)
+
+
+def broadcast_memories(module: Any, memories: Sequence[Any], root_rank: int) -> None:
+    """Give every rank what the root's aggregators remember."""
+    states = module.broadcast_object([memory.state_dict() for memory in memories], root_rank, "adacons.state")
+    for memory, state in zip(memories, states, strict=True):
+        memory.load_state_dict(state)
 
 
 def _is_shared(variable: Any) -> bool:

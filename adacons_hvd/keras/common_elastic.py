@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from horovod.common.elastic import ObjectState, run_fn
@@ -11,18 +12,72 @@ from horovod.common.exceptions import HorovodInternalError
 
 from .backends import backend_of
 from .binding import distributed_part
-from .common_callbacks import broadcast_model
+from .common_callbacks import broadcast_memories, broadcast_variables, variables_of_optimizer
 
 __all__ = ["make_elastic"]
 
 
 def make_elastic(keras: Any, backend_name: str) -> dict[str, Any]:
-    """``KerasState``, the elastic callbacks and ``run``, for this Keras."""
+    """States, the elastic callbacks and ``run``, for this Keras."""
     module = backend_of(backend_name)
     hvd = module.hvd
 
-    class KerasState(ObjectState):  # type: ignore[misc]
-        """A model, its optimizer and its aggregator, to be committed, restored and shared.
+    @contextlib.contextmanager
+    def failures_known() -> Iterator[None]:
+        """Raise what a failed collective raises as what Horovod takes for one, and nothing else.
+
+        Horovod's own knows its collectives' failures by their names in TensorFlow's errors, and
+        takes any other failure for a success.
+        """
+        try:
+            yield
+        except module.COLLECTIVE_ERRORS as error:
+            if "Horovod" in str(error) or "adacons." in str(error):
+                raise HorovodInternalError(error) from error
+            raise
+
+    class State(ObjectState):  # type: ignore[misc]
+        """Variables and what aggregators remember, to be committed, restored and shared."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            self._save_values()
+            super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **kwargs)
+
+        def save(self) -> None:
+            self._save_values()
+            super().save()
+
+        def restore(self) -> None:
+            for variable, value in zip(self._kept_variables(), self._values, strict=False):
+                module.assign(variable, value)
+            for memory, state in zip(self._memories(), self._states, strict=True):
+                memory.load_state_dict(state)
+            super().restore()
+
+        def sync(self) -> None:
+            with failures_known():
+                broadcast_variables(module, self._kept_variables(), 0)
+                broadcast_memories(module, self._memories(), 0)
+                self._save_values()
+                super().sync()
+
+        def reset(self) -> None:
+            """Workers have come or gone: agree anew. For Horovod's own ``run``; ours has done so."""
+            module.start_over()
+            super().reset()
+
+        def _kept_variables(self) -> list[Any]:
+            raise NotImplementedError
+
+        def _memories(self) -> list[Any]:
+            return list(module.OTHER_MEMORIES)
+
+        def _save_values(self) -> None:
+            self._values = [module.copy_of(variable) for variable in self._kept_variables()]
+            self._states = [memory.state_dict() for memory in self._memories()]
+
+    class KerasState(State):
+        """A model, its optimizer and what aggregators remember, to be committed, restored and shared.
 
         Args:
             model: the model, built.
@@ -35,43 +90,22 @@ def make_elastic(keras: Any, backend_name: str) -> dict[str, Any]:
                 raise ValueError("the model must be built first: model.build(input_shape)")
             self.model = model
             self.optimizer = optimizer or model.optimizer
-            self._save_model()
-            super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **kwargs)
-
-        def save(self) -> None:
-            self._save_model()
-            super().save()
-
-        def restore(self) -> None:
-            for variable, value in zip(self._variables(), self._values, strict=False):
-                module.assign(variable, value)
-            part = distributed_part(self.optimizer)
-            if part is not None and self._aggregator:
-                part._adacons.exchange.load_state_dict(self._aggregator)
-            super().restore()
-
-        def sync(self) -> None:
-            broadcast_model(module, self.model, self.optimizer, 0)
-            self._save_model()
-            super().sync()
+            # A worker that has just started has to have the variables that others share with it.
+            build_optimizer(self.optimizer, model.trainable_variables)
+            super().__init__(**kwargs)
 
         def reset(self) -> None:
-            """Workers have come or gone: agree anew, and trace anew what was made for their number."""
+            super().reset()
             part = distributed_part(self.optimizer)
             if part is not None:
                 part._adacons.exchange.reset()
-            if hasattr(self.model, "train_function"):
-                self.model.train_function = None
-            super().reset()
 
-        def _variables(self) -> list[Any]:
-            own = self.optimizer.variables
-            return [*self.model.variables, *(own() if callable(own) else own)]
+        def _kept_variables(self) -> list[Any]:
+            return [*self.model.variables, *variables_of_optimizer(self.optimizer)]
 
-        def _save_model(self) -> None:
-            self._values = [module.copy_of(variable) for variable in self._variables()]
+        def _memories(self) -> list[Any]:
             part = distributed_part(self.optimizer)
-            self._aggregator = None if part is None else part._adacons.exchange.state_dict()
+            return super()._memories() + ([] if part is None else [part._adacons.exchange])
 
     class CommitStateCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Commit ``state`` every ``batches_per_commit`` batches, and at the end of each epoch."""
@@ -136,23 +170,23 @@ def make_elastic(keras: Any, backend_name: str) -> dict[str, Any]:
         module.start_over()
 
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate an elastic training function; its first argument is the state.
-
-        Horovod's own knows its collectives' failures by their names in TensorFlow's errors, and
-        takes any other failure for a success.
-        """
+        """Decorate an elastic training function; its first argument is the state."""
 
         @functools.wraps(function)
         def attempt(state: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
+            with failures_known():
                 return function(state, *args, **kwargs)
-            except module.COLLECTIVE_ERRORS as error:
-                if "Horovod" in str(error) or "adacons.tf." in str(error):
-                    raise HorovodInternalError(error) from error
-                raise
 
         wrapped: Callable[..., Any] = run_fn(attempt, reset)
         return wrapped
 
-    made = (KerasState, CommitStateCallback, UpdateBatchStateCallback, UpdateEpochStateCallback)
+    made = (State, KerasState, CommitStateCallback, UpdateBatchStateCallback, UpdateEpochStateCallback)
     return {**{cls.__name__: cls for cls in made}, "run": run}
+
+
+def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Have an optimizer make its variables now, not in its first step."""
+    if hasattr(optimizer, "_create_all_weights"):  # of tf_keras.optimizers.legacy
+        optimizer._create_all_weights(variables)
+    elif not getattr(optimizer, "built", False):
+        optimizer.build(list(variables))

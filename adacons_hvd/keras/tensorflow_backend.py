@@ -12,7 +12,7 @@ from ..collectives.horovod_tensorflow import make_variable
 from ..tensorflow.arguments import checked_groups, checked_settings
 from ..tensorflow.checkpoints import StateBase, state_in_checkpoint
 from ..tensorflow.reducer import Reducer, Settings, key_of, native, start_over
-from ..tensorflow.tape import local_gradient, variables_of
+from ..tensorflow.tape import TapeState, local_gradient, variables_of
 
 __all__ = [
     "StateBase",
@@ -28,8 +28,18 @@ __all__ = [
 ]
 
 
-#: What TensorFlow raises when a collective fails.
-COLLECTIVE_ERRORS = (tf.errors.OpError,)
+#: What TensorFlow raises when a collective fails. Not what it raises for wrong arguments: those do
+#: not become right by doing the same once more.
+COLLECTIVE_ERRORS = (
+    tf.errors.UnknownError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.InternalError,
+)
+
+#: What remembers something beside an optimizer.
+OTHER_MEMORIES = (TapeState(),)
 
 
 class _Exchange(Reducer):
@@ -88,14 +98,33 @@ class _Exchange(Reducer):
 
         tf.cond(tf.equal(count, passes), finish, wait)
 
+    def reset(self) -> None:
+        super().reset()
+        if self._count is not None:
+            # A worker that has just started begins a sum, and so must all.
+            for variable in (self._count, *self._sums.values()):
+                variable.assign(tf.zeros_like(variable))
+
 
 def make_exchange(settings: Settings) -> _Exchange:
     return _Exchange(settings)
 
 
 def broadcast_variables(variables: Sequence[Any], root_rank: int, process_set: Any = hvd.global_process_set) -> None:
-    """Give every worker the values of ``root_rank``."""
-    hvd.broadcast_variables([native(v) for v in variables], root_rank=root_rank, process_set=process_set)
+    """Give every worker the values of ``root_rank``.
+
+    Horovod's own goes by names, which Keras may have numbered otherwise on another rank.
+    """
+    natives = [native(variable) for variable in variables]
+
+    def exchange() -> None:
+        for i, variable in enumerate(natives):
+            name = f"adacons.broadcast.{i}"
+            variable.assign(
+                hvd.broadcast(variable, root_rank, name=name, ignore_name_scope=True, process_set=process_set)
+            )
+
+    tf.function(exchange, autograph=False)()
 
 
 def average(values: Sequence[float]) -> list[float]:

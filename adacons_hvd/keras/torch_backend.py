@@ -11,7 +11,7 @@ import torch
 from horovod.torch.mpi_ops import ProcessSet
 
 from ..aggregators import Mean
-from ..binding import check_aggregator, check_granularity, check_predivide
+from ..binding import State, check_aggregator, check_granularity, check_predivide
 from ..torch.numbering import restart as start_over
 from ..torch.numbering import take_number
 from ..torch.reducer import Reducer, Settings
@@ -34,6 +34,9 @@ StateBase = object
 
 #: None that Horovod does not raise as its own.
 COLLECTIVE_ERRORS: tuple[type[Exception], ...] = ()
+
+#: What remembers something beside an optimizer.
+OTHER_MEMORIES: tuple[Any, ...] = ()
 
 
 class _Parameters:
@@ -115,7 +118,10 @@ class _Exchange:
         apply([sums.get(id(variable)) for variable in variables])
 
     def state_dict(self) -> dict[str, Any]:
-        state = dict(self._loaded or {}) if self._reducer is None else self._reducer.state.state_dict()
+        if self._reducer is not None:
+            state = self._reducer.state.state_dict()
+        else:
+            state = State().state_dict() if self._loaded is None else dict(self._loaded)
         return {name: value.cpu().numpy() if torch.is_tensor(value) else value for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,6 +135,9 @@ class _Exchange:
             self._reducer.renew()
 
     def reset(self) -> None:
+        """Workers have come or gone: number afresh, and begin a sum that all begin."""
+        self._number = None
+        self._count, self._sums = 0, {}
         if self._reducer is not None:
             self._reducer.reset()
 

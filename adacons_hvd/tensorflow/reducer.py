@@ -24,6 +24,7 @@ once and called.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import warnings
@@ -38,6 +39,7 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 from horovod.tensorflow.mpi_ops import ProcessSet
+from tensorflow.core.function.polymorphism.function_cache import FunctionCache
 from tensorflow.python.ops import control_flow_util
 
 from .. import __version__, agreement
@@ -97,6 +99,19 @@ def start_over() -> None:
     _numbers.clear()
     for reducer in list(_reducers):
         reducer.reset()
+    _forget_traces()
+
+
+def _forget_traces() -> None:
+    """Have every ``tf.function`` traced anew when it is called next.
+
+    The number of workers is in many places of a graph, and scripts make their functions once,
+    whoever is there. TensorFlow has no means to ask for this, but traces are all kept in objects of
+    one class.
+    """
+    for thing in gc.get_objects():
+        if type(thing) is FunctionCache:  # some objects lie about their class, or fail when asked
+            thing.clear()
 
 
 def native(variable: Any) -> Any:
@@ -164,6 +179,9 @@ class Reducer:
         # The same and for how many workers, from a checkpoint or before a reset, until the next layout.
         self._loaded: tuple[Memory, int] | None = None
         self._seen: dict[str, tf.Variable] = {}
+        #: How often everything was forgotten that graphs are made for.
+        with tf.init_scope(), tf.device("cpu"):
+            self._generation = make_variable(tf.zeros((), tf.int64))
 
     # --- every step -----------------------------------------------------------------------------
 
@@ -231,7 +249,8 @@ class Reducer:
         """Add one step's operations to the graph."""
         assert self._collectives is not None
         with tf.device("cpu"):
-            flags = self._flags(layout)
+            with tf.control_dependencies([self._still_the_same_workers()]):
+                flags = self._flags(layout)
             with tf.control_dependencies([self._still_agreed(layout, flags)]):
                 # Nothing is sent before ranks know that they send the same, and nothing learnt from
                 # the flags either: a rank that changes what it trains remembers no steps.
@@ -364,6 +383,12 @@ class Reducer:
             steps = tf.cast(tf.reduce_max(layout.memory["steps"]), tf.int64)
             table = tf.stack([table[:, 0], table[:, 1], table[:, 0] * steps, table[:, 3]], 1)
         return self._sum_flags(table)
+
+    def _still_the_same_workers(self) -> tf.Operation:
+        """Fail in a graph that was made for workers who were there before."""
+        with tf.init_scope():
+            now = self._generation.numpy()
+        return tf.debugging.Assert(tf.equal(self._generation, now), [_OUTDATED])
 
     def _still_agreed(self, layout: Layout, flags: tf.Tensor) -> tf.Operation:
         """Fail, on every rank alike, unless all ranks are about to do the same."""
@@ -657,6 +682,7 @@ class Reducer:
     def reset(self) -> None:
         """Forget what was agreed on, as when workers have come or gone; keep what was learnt."""
         self._loaded = self._remembered()
+        self._generation.assign_add(1)
         self._memories = {}
         self._layouts = {}
         self._last = None
@@ -673,6 +699,11 @@ class Reducer:
         assert self._collectives is not None
         return {name: variable.read_value() for name, variable in self._last.memory.items()}, self._collectives.size
 
+
+_OUTDATED = (
+    "Horovod was initialised anew after this function was traced, so it has to be traced again: call the "
+    "tf.function, not a concrete function taken from it, and use the hvd.elastic.run of adacons_hvd."
+)
 
 _CHANGED = (
     "ranks no longer train the same parameters. Every rank must freeze, unfreeze and recompile at "

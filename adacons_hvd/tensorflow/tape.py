@@ -11,7 +11,7 @@ import tensorflow as tf
 from horovod.tensorflow.compression import Compression
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
-from ..aggregators import Aggregator
+from ..aggregators import Aggregator, pack_memory
 from ..binding import BUCKET_BYTES
 from ..costs import Network
 from ..report import Report
@@ -278,9 +278,10 @@ _restored: dict[int, dict[str, Any]] = {}
 
 
 def _take_up_restored() -> None:
-    for place, reducer in enumerate(_reducers.values()):
-        if place in _restored:
-            reducer.load_state_dict(_restored.pop(place))
+    with tf.init_scope():
+        for place, reducer in enumerate(_reducers.values()):
+            if place in _restored:
+                reducer.load_state_dict(_restored.pop(place))
 
 
 class TapeState(StateBase):
@@ -296,16 +297,18 @@ class TapeState(StateBase):
         self._exchange = self
 
     def state_dict(self) -> dict[str, Any]:
-        states = [reducer.state_dict() for reducer in _reducers.values()]
-        return {f"{place}/{name}": value for place, state in enumerate(states) for name, value in state.items()}
+        states = {**_restored, **{place: reducer.state_dict() for place, reducer in enumerate(_reducers.values())}}
+        return {f"{place}/{name}": value for place, state in states.items() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _restored.clear()
         for key, value in state.items():
             place, name = key.split("/")
             _restored.setdefault(int(place), {})[name] = value
-        with tf.init_scope():
-            _take_up_restored()
+        # What was not used by then remembers nothing.
+        for unused in range(len(_reducers)):
+            _restored.setdefault(unused, pack_memory({}, 0))
+        _take_up_restored()
 
 
 def _hashable(lists: Any) -> Hashable:

@@ -39,8 +39,9 @@ def test_tapes_that_differ_are_an_error_on_every_rank(cluster, in_graph, differe
     assert first.startswith(difference.removeprefix("no "))
 
 
-def test_checkpoints_hold_what_tapes_remember(cluster, tmp_path):
-    def resume(folder: str) -> list[float]:
+@pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
+def test_checkpoints_hold_what_tapes_remember(cluster, tmp_path, in_graph):
+    def resume(folder: str, in_graph: bool) -> list[float]:
         import numpy as np
         import tensorflow as tf
         from tf_job import fixed_gradients, pulling
@@ -51,15 +52,21 @@ def test_checkpoints_hold_what_tapes_remember(cluster, tmp_path):
         hvd.init()
 
         def steps(weights, numbers):
-            for number in numbers:
-                fixed = fixed_gradients(hvd.rank(), number, [(5,), (3, 2)])
+            tapes = []
+
+            def step(fixed):
                 for schedule in ("one-pass", "gather"):
                     with tf.GradientTape() as tape:
                         loss = pulling(weights, fixed)
                     tape = hvd.DistributedGradientTape(tape, aggregator=AdaCons(momentum=0.9), schedule=schedule)
+                    tapes.append(tape)
                     for weight, gradient in zip(weights, tape.gradient(loss, weights), strict=True):
                         weight.assign_sub(0.1 * gradient)
-            return tape.report
+
+            step = tf.function(step, autograph=False) if in_graph else step
+            for number in numbers:
+                step([tf.constant(g) for g in fixed_gradients(hvd.rank(), number, [(5,), (3, 2)])])
+            return tapes[-1].report
 
         def fresh():
             return [tf.Variable(tf.ones(5)), tf.Variable(tf.ones((3, 2)))]
@@ -83,4 +90,32 @@ def test_checkpoints_hold_what_tapes_remember(cluster, tmp_path):
         assert steps(other, range(3, 6)).steps == 6
         return [*same, *(bool(np.all(a == b.numpy())) for a, b in zip(expected, other, strict=True))]
 
-    assert cluster.run(resume, str(tmp_path), fresh=True) == [[True] * 4] * 2
+    assert cluster.run(resume, str(tmp_path), in_graph, fresh=True) == [[True] * 4] * 2
+
+
+def test_a_graph_for_workers_who_were_there_before_is_refused(cluster):
+    def start_over() -> list[float]:
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+        from adacons_hvd.tensorflow import reducer
+
+        hvd.init()
+        weights = tf.Variable([1.0, 2.0])
+
+        @tf.function
+        def step():
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(weights * weights)
+            return hvd.DistributedGradientTape(tape, aggregator=AdaCons(scale="average")).gradient(loss, weights)
+
+        concrete = step.get_concrete_function()
+        found = [concrete()]
+        reducer.start_over()  # what an elastic job does when workers have come or gone
+        with pytest.raises(tf.errors.InvalidArgumentError, match="it has to be traced again"):
+            concrete()
+        found.append(step())
+        return [value for gradient in found for value in gradient.numpy().tolist()]
+
+    assert cluster.run(start_over) == [[2.0, 4.0, 2.0, 4.0]] * 2

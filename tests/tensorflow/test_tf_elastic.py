@@ -1,0 +1,114 @@
+"""An elastic job of TensorFlow with tapes: a worker comes, another dies, and nothing that was committed is lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+from harness.elastic import ElasticJob
+
+# As in Horovod's own example, the function that takes a step is made once, whoever is there.
+SCRIPT = """
+import hashlib, os, signal, sys, time
+import numpy as np
+import tensorflow as tf
+import adacons_hvd.tensorflow as hvd
+from adacons_hvd import AdaCons
+from harness.elastic import tell
+
+hvd.init()
+tf.keras.utils.set_random_seed(os.getpid())  # nobody begins with what the others have
+x, rows = tf.keras.Input((4,)), tf.keras.Input((2,), dtype="int64")
+# The gradient of an embedding has few rows.
+embedded = tf.keras.layers.Flatten()(tf.keras.layers.Embedding(8, 3)(rows))
+model = tf.keras.Model([x, rows], tf.keras.layers.Dense(1)(tf.keras.layers.Concatenate()([x, embedded])))
+optimizer = tf.keras.optimizers.SGD(0.02, momentum=0.9)
+
+@tf.function
+def step(x, rows, y):
+    with tf.GradientTape(persistent=True) as tape:
+        loss = tf.reduce_mean(tf.square(model([x, rows]) - y))
+    own = tape.gradient(loss, model.trainable_variables)
+    tape = hvd.DistributedGradientTape(tape, aggregator=AdaCons(momentum=0.9), schedule="one-pass")
+    found = tape.gradient(loss, model.trainable_variables)
+    optimizer.apply_gradients(zip(found, model.trainable_variables))
+    return own, found
+
+def flat(gradients):
+    return np.concatenate([tf.convert_to_tensor(g).numpy().ravel() for g in gradients]).tolist()
+
+def variables():
+    return [*model.variables, *optimizer.variables]
+
+def bits():
+    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in variables())).hexdigest()
+
+@hvd.elastic.run
+def train(state):
+    tell(enter=state.step, bits=bits())
+    if state.sizes[-1:] != [hvd.size()]:
+        state.sizes, state.count = [*state.sizes, hvd.size()], 0
+    while [state.sizes, state.count] != [[2, 3, 2], 6] and state.step < 300:
+        rng = np.random.default_rng(100 * state.step + hvd.rank())
+        x = rng.standard_normal((8, 4)).astype("float32")
+        y = x.sum(1, keepdims=True) + rng.standard_normal((8, 1)).astype("float32")
+        if [hvd.size(), state.count, hvd.rank()] == [3, 5, 2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        own, found = step(tf.constant(x), tf.constant(rng.integers(8, size=(8, 2))), tf.constant(y))
+        state.step += 1
+        state.count += 1
+        place = dict(count=state.count, rank=hvd.rank(), size=hvd.size())
+        tell(done=state.step, raw=flat(own), found=flat(found), bits=bits(), **place)
+        if state.count % 2 == 0:
+            tell(committing=state.step, bits=bits())
+            state.commit()
+        time.sleep(0.05)
+
+optimizer.build(model.trainable_variables)
+if sys.argv[1] == "keras":
+    state = hvd.elastic.TensorFlowKerasState(model, optimizer, step=0, count=0, sizes=[])
+else:
+    state = hvd.elastic.TensorFlowState(variables(), step=0, count=0, sizes=[])
+train(state)
+tell(end=True)
+"""
+
+
+@pytest.mark.parametrize("kept", ["keras", "variables"])
+def test_a_worker_comes_and_another_dies(tmp_path, kept):
+    hosts = {"localhost": 2}
+    with ElasticJob(SCRIPT, tmp_path, hosts=hosts, args=[kept]) as job:
+        job.wait_until(lambda told: any(f.get("size") == 2 and f.get("count") == 4 for f in told), 120)
+        job.hosts = {**hosts, "127.0.0.1": 1}
+        result = job.result(180)
+    assert result.exit_code == 0, result
+    assert sum("end" in fact for fact in result.told) == 2
+    committed, stages = {}, []
+    for fact in result.told:
+        if "committing" in fact:
+            committed[fact["committing"]] = fact["bits"]
+        elif fact.get("enter"):
+            assert fact["enter"] == max(committed)
+            assert fact["bits"] == committed[fact["enter"]]
+        elif "done" in fact:
+            if not stages or stages[-1][0] != fact["size"]:
+                stages.append((fact["size"], {}))
+            stages[-1][1].setdefault(fact["done"], []).append(fact)
+    assert [size for size, _ in stages] == [2, 3, 2]
+    assert max(stages[1][1]) == min(stages[2][1]), "the step after the last commit is taken again"
+    memories = {0: None}
+    for size, steps in stages:
+        for step, facts in steps.items():
+            memories[step] = judge(facts, memories[step - 1], size)
+
+
+def judge(facts, memory, size):
+    """Hold one step of all workers against the oracle; returns what it remembers."""
+    assert sorted(fact["rank"] for fact in facts) == list(range(size))
+    assert len({fact["bits"] for fact in facts}) == 1
+    judge = oracle.Oracle(0.9)
+    if memory is not None:
+        judge.m = list(np.interp(np.linspace(0, len(memory) - 1, size), range(len(memory)), memory))
+    expected = judge([np.array(fact["raw"]) for fact in sorted(facts, key=lambda fact: fact["rank"])])
+    assert oracle.error([np.array(facts[0]["found"])], [expected]) < 1e-5
+    return judge.m
