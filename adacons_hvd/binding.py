@@ -5,6 +5,7 @@ No framework and no communication library is imported here.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -126,6 +127,28 @@ def group_parameters(
     rest = len(granularity)
     has_rest = any(p not in group_of for p in parameters)
     return {p: group_of.get(p, rest) for p in parameters}, rest + has_rest
+
+
+def canonical_names(names: Sequence[str]) -> list[str]:
+    """Keras' names of variables, as far as they are the same on ranks that have the same model.
+
+    A rank that has made another model before has ``dense_3`` where others have ``dense_1``; so
+    automatic numbers are given anew, in order of appearance. One that has loaded its model has
+    ``dense/kernel`` where others have ``sequential/dense/kernel``; so outer scopes are left out.
+
+    >>> canonical_names(["net/dense_7/kernel", "net/dense_7/bias", "dense_9/kernel", "head/kernel"])
+    ['dense#0/kernel', 'dense#0/bias', 'dense#1/kernel', 'head#0/kernel']
+    """
+    seen: dict[str, list[str]] = {}
+
+    def renumber(scope: str) -> str:
+        stem = re.sub(r"_\d+$", "", scope)
+        scopes = seen.setdefault(stem, [])
+        if scope not in scopes:
+            scopes.append(scope)
+        return f"{stem}#{scopes.index(scope)}"
+
+    return ["/".join([*map(renumber, name.split("/")[-2:-1]), name.split("/")[-1]]) for name in names]
 
 
 def choose_schedule(

@@ -20,6 +20,7 @@ __all__ = [
     "MetricAverageCallback",
     "broadcast_memories",
     "broadcast_variables",
+    "build_optimizer",
     "make_callbacks",
     "variables_of_optimizer",
 ]
@@ -41,9 +42,8 @@ class _Mixin:
 class BroadcastGlobalVariablesCallback(_Mixin):
     """Start every rank with the variables of ``root_rank``, and with its aggregator's memory.
 
-    Keras 3 has built model and optimizer when training begins, so this happens before the first
-    step; where it has not, after it, as in Horovod. States of random number generators stay each
-    rank's own.
+    Before the first step, if by then all ranks have built their model; else after it, as in
+    Horovod. States of random number generators stay each rank's own.
     """
 
     def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
@@ -62,8 +62,12 @@ class BroadcastGlobalVariablesCallback(_Mixin):
         self._local.add(id(variable))
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
-        optimizer = self.model.optimizer
-        if not self.broadcast_done and self.model.built and getattr(optimizer, "built", False):
+        if self.broadcast_done:
+            return
+        if self.model.built:
+            build_optimizer(self.model.optimizer, self.model.trainable_variables)
+        # One rank may have loaded its model, and another make it in the first step.
+        if self.backend_module.average([float(not self.model.built)]) == [0.0]:
             self._broadcast()
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
@@ -246,6 +250,14 @@ class AggregationLogger(_Mixin):
         if logs is not None and report is not None:
             logs["adacons_spread"] = max(report.spread)
             logs["adacons_fallbacks"] = report.fallbacks
+
+
+def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Have an optimizer make its variables now, not in its first step."""
+    if hasattr(optimizer, "_create_all_weights"):  # of tf_keras.optimizers.legacy
+        optimizer._create_all_weights(variables)
+    elif not getattr(optimizer, "built", False):
+        optimizer.build(list(variables))
 
 
 def variables_of_optimizer(optimizer: Any) -> list[Any]:

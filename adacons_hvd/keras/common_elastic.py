@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from horovod.common.elastic import ObjectState, run_fn
@@ -12,7 +12,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from .backends import backend_of
 from .binding import distributed_part
-from .common_callbacks import broadcast_memories, broadcast_variables, variables_of_optimizer
+from .common_callbacks import broadcast_memories, broadcast_variables, build_optimizer, variables_of_optimizer
 
 __all__ = ["make_elastic"]
 
@@ -182,11 +182,3 @@ def make_elastic(keras: Any, backend_name: str) -> dict[str, Any]:
 
     made = (State, KerasState, CommitStateCallback, UpdateBatchStateCallback, UpdateEpochStateCallback)
     return {**{cls.__name__: cls for cls in made}, "run": run}
-
-
-def build_optimizer(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Have an optimizer make its variables now, not in its first step."""
-    if hasattr(optimizer, "_create_all_weights"):  # of tf_keras.optimizers.legacy
-        optimizer._create_all_weights(variables)
-    elif not getattr(optimizer, "built", False):
-        optimizer.build(list(variables))

@@ -11,7 +11,7 @@ import torch
 from horovod.torch.mpi_ops import ProcessSet
 
 from ..aggregators import Mean
-from ..binding import State, check_aggregator, check_granularity, check_predivide
+from ..binding import State, canonical_names, check_aggregator, check_granularity, check_predivide
 from ..torch.numbering import restart as start_over
 from ..torch.numbering import take_number
 from ..torch.reducer import Reducer, Settings
@@ -72,7 +72,7 @@ class _Exchange:
         parameters = [v.value for v in variables]
         self._parameters.param_groups[0]["params"] = parameters
         if self._reducer is None:
-            names = {p: getattr(v, "path", str(i)) for i, (p, v) in enumerate(zip(parameters, variables, strict=True))}
+            names = dict(zip(parameters, canonical_names([v.path for v in variables]), strict=True))
             self._reducer = Reducer(self._parameters, names, 1, self.settings)  # type: ignore[arg-type]
             if self._loaded is not None:
                 self._reducer.state.load_state_dict(self._loaded)

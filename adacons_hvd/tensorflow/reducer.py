@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import warnings
 import weakref
 from collections import Counter
@@ -44,7 +43,7 @@ from tensorflow.python.ops import control_flow_util
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator, Decision, Memory, Statistics, pack_memory, unpack_memory
-from ..binding import BUCKET_BYTES, ONLY_SUMS, choose_schedule, group_parameters
+from ..binding import BUCKET_BYTES, ONLY_SUMS, canonical_names, choose_schedule, group_parameters
 from ..collectives import host_name
 from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_variable
 from ..costs import Choice, Network
@@ -729,24 +728,3 @@ def _name(variable: Any, position: int) -> str:
     if path is None and isinstance(variable, tf.Variable):
         path = variable.name
     return str(path).split(":")[0] if path is not None else f"tensor_{position}"
-
-
-def canonical_names(names: Sequence[str]) -> list[str]:
-    """Names without the numbers that Keras counts its automatic names with.
-
-    A rank that has made another model before has ``dense_3`` where others have ``dense_1``, and
-    that is no reason for an error. Numbers are given anew, in order of appearance.
-
-    >>> canonical_names(["dense_7/kernel", "dense_7/bias", "dense_9/kernel", "head/kernel"])
-    ['dense#0/kernel', 'dense#0/bias', 'dense#1/kernel', 'head#0/kernel']
-    """
-    seen: dict[str, list[str]] = {}
-
-    def renumber(part: str) -> str:
-        stem = re.sub(r"_\d+$", "", part)
-        parts = seen.setdefault(stem, [])
-        if part not in parts:
-            parts.append(part)
-        return f"{stem}#{parts.index(part)}"
-
-    return ["/".join([*(renumber(p) for p in name.split("/")[:-1]), name.split("/")[-1]]) for name in names]

@@ -340,6 +340,45 @@ def test_momentum_correction_of_keras_2(cluster, name):
     assert cluster.run(correct, name) == [[0.5] * 4] * 2
 
 
+def loaded_on_one_rank(folder: str) -> int:
+    """Rank 0 goes on with a model that was saved by a process alone; names differ, and what is built by when."""
+    import harness
+    from keras_job import assert_equal_bits, data, keras_and_hvd, network
+
+    from adacons_hvd import AdaCons
+
+    keras, hvd = keras_and_hvd()
+    x, y = data(16)
+    if harness.rank() == 0:
+        model = network(keras)
+        model.compile(keras.optimizers.Adam(0.01), loss="mse")
+        model.fit(x, y, verbose=0)
+        model.save(f"{folder}/before.keras")
+        model = hvd.load_model(f"{folder}/before.keras", aggregator=AdaCons())
+    else:
+        model = network(keras)
+        model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), aggregator=AdaCons()), loss="mse")
+    callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0)]
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
+    assert_equal_bits(model, model.optimizer)
+    return model.optimizer.report.steps
+
+
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_a_model_loaded_on_one_rank(cluster, tmp_path):
+    assert cluster.run(loaded_on_one_rank, str(tmp_path)) == [2, 2]
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+def test_a_model_loaded_on_one_rank_on_torch(cluster, tmp_path):
+    assert cluster.run(loaded_on_one_rank, str(tmp_path)) == [2, 2]
+
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+def test_a_model_loaded_on_one_rank_with_keras_2(cluster, tmp_path):
+    assert cluster.run(loaded_on_one_rank, str(tmp_path)) == [2, 2]
+
+
 def elastic_state() -> list:
     import harness
     import numpy as np
