@@ -8,6 +8,7 @@ seed gives the same case on every rank and in every run, so `RANDOM_SEED=17 RAND
 from __future__ import annotations
 
 import hashlib
+import importlib
 import random
 import time
 from collections import Counter
@@ -197,6 +198,7 @@ def run(case: Case) -> Counter[str]:
     """Train, compare, and count what was met."""
     import adacons_hvd.torch as hvd
 
+    hvd.init()
     me, workers = harness.rank(), harness.size()
     met: Counter[str] = Counter()
     kinds = [getattr(torch, kind) for kind in case.types]
@@ -331,12 +333,14 @@ def halved(case: Case, number: int, x: np.ndarray) -> np.ndarray:
         return x.astype(np.float16).astype(np.float64)
 
 
-def run_many(first: int, seconds: float, cases: int) -> dict[str, int]:
-    """Cases from `first` on until the time or their number is up; what was met in them."""
-    import adacons_hvd.torch as hvd
+def run_many(first: int, seconds: float, cases: int, module: str = __name__) -> dict[str, int]:
+    """Cases from `first` on until the time or their number is up; what was met in them.
+
+    `module` has the function `run` that takes a case.
+    """
     from adacons_hvd.schedules import SCHEDULES
 
-    hvd.init()
+    take = importlib.import_module(module).run
     torch.set_num_threads(1)
     exact = [name for name, schedule in SCHEDULES.items() if getattr(schedule, "exact", True)]
     met: Counter[str] = Counter()
@@ -346,7 +350,7 @@ def run_many(first: int, seconds: float, cases: int) -> dict[str, int]:
         case = draw(seed, harness.size(), exact)
         print(f"seed {seed}", flush=True)
         try:
-            met += run(case)
+            met += take(case)
         except BaseException as error:
             error.add_note(f"RANDOM_SEED={seed} RANDOM_CASES=1 on {harness.size()} ranks: {case}")
             raise

@@ -259,6 +259,8 @@ class Reducer:
             gradients = _identities(gradients)
         if self.settings.aggregator is None:
             return self._average(layout, gradients, all_here)
+        if not layout.parcels:  # nothing has any elements
+            return gradients
         memory = self._shared_memory(layout, flags)
 
         def together() -> Any:

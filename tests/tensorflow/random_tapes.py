@@ -1,0 +1,116 @@
+"""The random jobs of `random_cases`, taken with TensorFlow's tapes. Runs on the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import harness
+import numpy as np
+import random_cases
+import tensorflow as tf
+from random_cases import Case
+
+import adacons_hvd.tensorflow as hvd
+from adacons_hvd import AdaCons
+
+
+def run(case: Case) -> Counter[str]:
+    """Train, compare, and count what was met."""
+    hvd.init()
+    # A tape has no passes, and what it is asked about is the same in every step.
+    case = replace(case, passes=1, missing=[], frozen={})
+    me, workers = harness.rank(), harness.size()
+    variables = [tf.Variable(tf.ones(s, k)) for s, k in zip(case.shapes, case.types, strict=True)]
+
+    def pick(numbers: Any) -> Any:
+        return [[variables[i] for i in some] for some in numbers] if isinstance(numbers, list) else numbers
+
+    names = ("schedule", "bucket_bytes", "sparse_as_dense", "gradient_predivide_factor")
+    options = {
+        **{name: case.options[name] for name in names},
+        "aggregator": AdaCons(**case.aggregator, nonfinite=case.nonfinite),
+        "compression": hvd.Compression.fp16 if case.fp16 else hvd.Compression.none,
+        "granularity": pick(case.granularity),
+        "groups": pick(case.groups),
+    }
+
+    def step(given: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        with tf.GradientTape(persistent=True) as tape:
+            # Every row twice and one not at all, where the gradient is sparse.
+            outputs = [tf.gather(v, _rows(v)) if i in case.sparse else tf.identity(v) for i, v in enumerate(variables)]
+        own = tape.gradient(outputs, variables, given)
+        tape = hvd.DistributedGradientTape(tape, **options)
+        found = tape.gradient(outputs, variables, given)
+        for variable, gradient in zip(variables, found, strict=True):
+            variable.assign_sub(tf.cast(0.01, variable.dtype) * tf.convert_to_tensor(gradient))
+        return [tf.convert_to_tensor(g) for g in own], [tf.convert_to_tensor(g) for g in found]
+
+    take = tf.function(step, autograph=False) if case.seed % 2 else step
+    raw, found = [], []
+    for number in range(case.steps[me]):
+        given = [_given(case, number, i) for i in range(len(variables))]
+        mine, theirs = _step_and_see(take, given)
+        # What was sent, also where the step ended with an error.
+        raw.append(mine if mine is not None else [_raw(case, i, g) for i, g in enumerate(given)])
+        found.append(theirs)
+    hvd.join()
+    everyone = harness.gather((raw, found))
+    for number in range(max(case.steps)):
+        results = [everyone[rank][1][number] for rank in range(workers) if number < case.steps[rank]]
+        assert all(random_cases.same(results[0], other) for other in results[1:]), f"step {number}: the ranks differ"
+    stayed = [rank for rank in range(workers) if case.steps[rank] == max(case.steps)]
+    bits = harness.gather(hashlib.sha256(repr([_array(v).tolist() for v in variables]).encode()).hexdigest())
+    assert len({bits[rank] for rank in stayed}) == 1, "parameters differ"
+    memory = hvd.TapeState().state_dict()
+    assert all(np.isfinite(value).all() for value in memory.values()), "the momentum is not finite"
+    if me:
+        return Counter()
+    return random_cases.compare(case, [theirs for theirs, _ in everyone], [theirs for _, theirs in everyone])
+
+
+def _rows(variable: tf.Variable) -> tf.Tensor:
+    return tf.repeat(tf.range(variable.shape[0] - 1), 2)
+
+
+def _given(case: Case, step: int, number: int) -> tf.Tensor:
+    """The gradient of what a variable is used for."""
+    value = random_cases.gradient(case, step, 0, harness.rank(), number)
+    assert value is not None
+    if number in case.sparse:
+        value = value[:-1].repeat_interleave(2, 0)
+    wide = value if value.is_complex() else value.double()  # numpy knows no bfloat16
+    return tf.cast(tf.constant(wide.numpy()), case.types[number])
+
+
+def _raw(case: Case, number: int, given: tf.Tensor) -> np.ndarray:
+    """The gradient of the variable itself."""
+    if number not in case.sparse:
+        return _array(given)
+    rows = given.numpy().astype(np.float64)
+    shape = case.shapes[number]
+    return np.concatenate([rows[::2] + rows[1::2], np.zeros((1, *shape[1:]))]).reshape(-1)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """As real float64 numbers."""
+    tensor = tf.convert_to_tensor(tensor)
+    if tensor.dtype.is_complex:
+        tensor = tf.stack([tf.math.real(tensor), tf.math.imag(tensor)], -1)
+    array: np.ndarray = tf.cast(tensor, tf.float64).numpy().reshape(-1)
+    return array
+
+
+def _step_and_see(take: Any, given: list[tf.Tensor]) -> tuple[list[np.ndarray] | None, list[np.ndarray] | str]:
+    """This rank's gradients and the aggregated ones, or the error there was instead."""
+    try:
+        own, found = take(given)
+    except (FloatingPointError, tf.errors.InvalidArgumentError) as error:
+        ranks = re.search(r"was told to raise: \] \[([\d ]+)\]", str(error))
+        if ranks is None:
+            raise
+        return None, f"rank {', '.join(ranks[1].split())} holds"
+    return [_array(g) for g in own], [_array(g) for g in found]
