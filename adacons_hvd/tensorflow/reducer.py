@@ -307,6 +307,8 @@ class Reducer:
             for parcel, bucket in zip(parcels, buckets, strict=True):
                 results.update(parcel.unpack(bucket))
             found = _identities([results[i] for i in layout.active])
+            # Nothing is learnt from a step that ends with an error.
+            memory = {name: tf.identity(value) for name, value in decision.memory.items()}
         seen = {
             "weights": decision.weights,
             "fallback": decision.fallback,
@@ -315,7 +317,7 @@ class Reducer:
             "present": statistics.present,
             **{f"stage {name}": value for name, value in decision.stages.items()},
         }
-        return found, decision.memory, seen
+        return found, memory, seen
 
     def _average(self, layout: Layout, gradients: list[Gradient], all_here: tf.Tensor) -> list[Gradient]:
         """What Horovod does without an aggregator, by Horovod's own reduction."""

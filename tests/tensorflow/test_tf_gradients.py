@@ -149,6 +149,43 @@ def test_gradients_that_are_not_finite(cluster):
     assert cluster.run(unwell) == [[False, True, True]] * 3
 
 
+@pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
+def test_nothing_is_learnt_from_a_step_that_ends_with_an_error(cluster, in_graph):
+    def unwell(in_graph: bool) -> list:
+        import numpy as np
+        import tensorflow as tf
+
+        import adacons_hvd.tensorflow as hvd
+        from adacons_hvd import AdaCons
+
+        hvd.init()
+        weights = [tf.Variable([1.0, 2.0]), tf.Variable(tf.ones(2000))]
+        aggregator = AdaCons(normalize=False, nonfinite="raise")
+        options = {"aggregator": aggregator, "granularity": "layer", "schedule": "two-pass"}
+
+        def step(factor):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(weights[0]) * factor + tf.reduce_sum(weights[1])
+            tape = hvd.DistributedGradientTape(tape, **options)
+            tapes.append(tape)
+            return tape.gradient(loss, weights)
+
+        tapes = []
+        step = tf.function(step, autograph=False) if in_graph else step
+        learnt = []
+        for turn in range(4):
+            with pytest.raises((FloatingPointError, tf.errors.InvalidArgumentError), match="told to raise"):
+                step(tf.constant(np.inf if hvd.rank() == 1 else 1.0, tf.float32))
+            learnt.append(tapes[-1]._reducer.state_dict())
+            step(tf.constant(1.0))
+        print(learnt)
+        assert [state["steps"].tolist() for state in learnt] == [[[float(turn)]] * 2 for turn in range(4)]
+        return learnt[-1]["curve"].tolist()
+
+    first, *others = cluster.run(unwell, in_graph)
+    assert all(other == first for other in others)
+
+
 def test_a_constant_gradient_is_not_evaluated_beforehand(cluster):
     def constant() -> list:
         import tensorflow as tf
