@@ -28,7 +28,9 @@ def real(gradient: torch.Tensor) -> torch.Tensor:
 def segments(parts: Iterable[tuple[int, int]]) -> list[Segment]:
     """The segments of a flat buffer in which parts of given ``(length, group)`` lie side by side.
 
-    >>> segments([(3, 0), (2, 0), (4, 1)])
+    None is empty: there would be nothing to compute of it.
+
+    >>> segments([(3, 0), (2, 0), (0, 2), (4, 1)])
     [Segment(start=0, stop=5, group=0), Segment(start=5, stop=9, group=1)]
     """
     found: list[Segment] = []
@@ -37,7 +39,7 @@ def segments(parts: Iterable[tuple[int, int]]) -> list[Segment]:
         start, stop = stop, stop + length
         if found and found[-1].group == group:
             found[-1] = found[-1]._replace(stop=stop)
-        else:
+        elif length:
             found.append(Segment(start, stop, group))
     return found
 

@@ -60,7 +60,7 @@ def attach(
     aggregator's, end with different parameters.
 
     With ``nonfinite="raise"`` the error comes out of ``backward()``, on every rank. Gradients are
-    then of no use, but training can go on.
+    then of no use, but training can go on. A rank that waits in ``model.join()`` goes on waiting.
 
     Under ``model.join()`` a rank that has run out of data takes no part: the aggregate is that of
     the others alone, whatever ``divide_by_initial_world_size`` says.

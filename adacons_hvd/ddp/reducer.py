@@ -172,7 +172,9 @@ class Reducer:
             with torch.autocast(reference.device.type, enabled=False):
                 decision, statistics = self._step.run(buckets, self.state.memory, factor, self._here())
         except FloatingPointError as error:
-            _raise_after_backward(error)
+            # A rank that has run out of data goes on keeping the others company, as they may go on.
+            if _in_backward():
+                _raise_after_backward(error)
             self._parts = []
             return
         self.state.memory = decision.memory
@@ -230,8 +232,6 @@ def _raise_after_backward(error: Exception) -> None:
     of registration, and DDP registers its own after this one; hence a callback that registers
     another.
     """
-    if not _in_backward():
-        raise error
     engine: Any = torch.autograd.Variable._execution_engine
 
     def last() -> None:

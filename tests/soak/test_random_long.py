@@ -19,15 +19,19 @@ SEED = int(os.environ.get("RANDOM_SEED", random.randrange(10**9)))
 
 @pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"))
 def test_random_jobs_agree_with_the_oracle(cluster):
-    agree_with_the_oracle(cluster, "random_cases", SECONDS * 2 / 3)
+    agree_with_the_oracle(cluster, "random_cases", SECONDS / 12)
 
 
 @pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), pool="tensorflow")
 def test_random_jobs_with_tapes_agree_with_the_oracle(cluster):
-    agree_with_the_oracle(cluster, "random_tapes", SECONDS / 3)
+    agree_with_the_oracle(cluster, "random_tapes", SECONDS / 18)
+
+
+@pytest.mark.ranks(2, 3, 4, launcher="torchrun")
+def test_random_jobs_of_ddp_agree_with_the_oracle(cluster):
+    agree_with_the_oracle(cluster, "random_ddp", SECONDS / 18)
 
 
 def agree_with_the_oracle(cluster, module, seconds):
-    seconds /= 6
     results = cluster.run(random_cases.run_many, SEED, seconds, CASES, module, timeout=seconds + 120)
     print(f"RANDOM_SEED={SEED} on {cluster.ranks} ranks under {cluster.launcher}: {results[0]}")
