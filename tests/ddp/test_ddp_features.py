@@ -207,6 +207,59 @@ def test_ranks_that_run_out_of_data(cluster, schedule, nonfinite):
     cluster.run(joined, schedule, nonfinite)
 
 
+def joined_and_unwell() -> int:
+    """Rank 0 has no data left when another's gradient is not finite, and is needed in the steps after."""
+    import harness
+    from ddp_job import assert_equal_bits, loss_of, network, wrap
+
+    import adacons_hvd.ddp
+    from adacons_hvd import AdaCons
+
+    model = wrap(network())
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.02)
+    adacons_hvd.ddp.attach(model, optimizer, AdaCons(nonfinite="raise"))
+    errors = 0
+    with model.join():
+        for step in range(1 if harness.rank() == 0 else 4):
+            optimizer.zero_grad()
+            loss = loss_of(model, step) * (float("inf") if (harness.rank(), step) == (2, 2) else 1)
+            try:
+                loss.backward()
+            except FloatingPointError as error:
+                errors += "rank 2 holds" in str(error)
+            else:
+                optimizer.step()
+    assert optimizer.report.steps == 3
+    assert_equal_bits(model.parameters())
+    return errors
+
+
+def test_an_error_of_those_still_there_is_not_the_others(cluster):
+    assert cluster.run(joined_and_unwell) == [0, 1, 1]
+
+
+def empty_in_its_own_group(schedule: str) -> None:
+    from ddp_job import train
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Linear(6, 3)
+            self.nothing = torch.nn.Parameter(torch.ones(0, 3))
+
+        def forward(self, x: Any) -> Any:
+            return self.body(x) + self.nothing.sum()
+
+    torch.manual_seed(0)
+    granularity = {"granularity": "layer", "groups": lambda names: [[i] for i in range(len(names))]}
+    train(Model(), options={"bucket_cap_mb": 1}, schedule=schedule, **granularity)
+
+
+@pytest.mark.parametrize("schedule", ["two-pass", "one-pass", "gather"])
+def test_a_parameter_without_elements_beside_others(cluster, schedule):
+    cluster.run(empty_in_its_own_group, schedule)
+
+
 def subgroup() -> None:
     import harness
     import torch.distributed as dist
