@@ -21,9 +21,10 @@ from adacons_hvd import AdaCons
 def run(case: Case) -> Counter[str]:
     """Train, compare, and count what was met."""
     hvd.init()
-    # A tape has no passes, and what it is asked about is the same in every step.
-    case = replace(case, passes=1, missing=[], frozen={})
     me, workers = harness.rank(), harness.size()
+    # A tape has no passes, and what it is asked about, and has a gradient for, is the same in every step.
+    case = replace(case, passes=1, missing=_missing_always(case), frozen={})
+    used = [i for i in range(len(case.shapes)) if (0, me, i) not in case.missing]
     variables = [tf.Variable(tf.ones(s, k)) for s, k in zip(case.shapes, case.types, strict=True)]
 
     def pick(numbers: Any) -> Any:
@@ -38,24 +39,34 @@ def run(case: Case) -> Counter[str]:
         "groups": pick(case.groups),
     }
 
+    trained = [(i, variables[i]) for i in used]
+
     def step(given: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         with tf.GradientTape(persistent=True) as tape:
             # Every row twice and one not at all, where the gradient is sparse.
-            outputs = [tf.gather(v, _rows(v)) if i in case.sparse else tf.identity(v) for i, v in enumerate(variables)]
+            outputs = [tf.gather(v, _rows(v)) if i in case.sparse else tf.identity(v) for i, v in trained]
         own = tape.gradient(outputs, variables, given)
         tape = hvd.DistributedGradientTape(tape, **options)
         found = tape.gradient(outputs, variables, given)
+        own, found = (
+            [tf.zeros_like(v) if g is None else tf.convert_to_tensor(g) for v, g in zip(variables, some, strict=True)]
+            for some in (own, found)
+        )
         for variable, gradient in zip(variables, found, strict=True):
-            variable.assign_sub(tf.cast(0.01, variable.dtype) * tf.convert_to_tensor(gradient))
-        return [tf.convert_to_tensor(g) for g in own], [tf.convert_to_tensor(g) for g in found]
+            variable.assign_sub(tf.cast(0.01, variable.dtype) * gradient)
+        return own, found
 
     take = tf.function(step, autograph=False) if case.seed % 2 else step
     raw, found = [], []
     for number in range(case.steps[me]):
-        given = [_given(case, number, i) for i in range(len(variables))]
+        given = [_given(case, number, i) for i in used]
         mine, theirs = _step_and_see(take, given)
         # What was sent, also where the step ended with an error.
-        raw.append(mine if mine is not None else [_raw(case, i, g) for i, g in enumerate(given)])
+        if mine is None:
+            mine = [_array(tf.zeros_like(v)) for v in variables]
+            for i, value in zip(used, given, strict=True):
+                mine[i] = _raw(case, i, value)
+        raw.append(mine)
         found.append(theirs)
     hvd.join()
     everyone = harness.gather((raw, found))
@@ -70,6 +81,13 @@ def run(case: Case) -> Counter[str]:
     if me:
         return Counter()
     return random_cases.compare(case, [theirs for theirs, _ in everyone], [theirs for _, theirs in everyone])
+
+
+def _missing_always(case: Case) -> list[tuple[int, int, int]]:
+    """Gradients that are missing in every step, but not all of a rank's."""
+    pairs = {(rank, number) for _, rank, number in case.missing}
+    few = [pair for pair in sorted(pairs) if sum(rank == pair[0] for rank, _ in pairs) < len(case.shapes)]
+    return [(step, *pair) for step in range(max(case.steps)) for pair in few]
 
 
 def _rows(variable: tf.Variable) -> tf.Tensor:
