@@ -15,6 +15,6 @@ CASES = int(os.environ.get("RANDOM_CASES", "1000000"))
 @pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow")
 @pytest.mark.time_limit(180)
 def test_random_jobs(cluster):
-    results = cluster.run(random_cases.run_many, SEED, 25.0, CASES, "random_tapes")
+    results = cluster.run(random_cases.run_many, SEED, 15.0, CASES, "random_tapes")
     print(f"RANDOM_SEED={SEED}: {results[0]}")
     assert results[0]["cases"] >= 1
