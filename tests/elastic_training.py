@@ -151,8 +151,7 @@ def check(told, sizes, aggregator=True):
         raws = [facts[rank]["raw"] for rank in range(sizes[stage])]
         before = momenta.get(step - 1)
         if before is not None and len(before) != len(raws):
-            points = np.linspace(0, len(before) - 1, len(raws))
-            before = list(np.interp(points, range(len(before)), before))
+            before = resampled(before, len(raws))
         for part, momentum in enumerate((0.9, 0.0)):
             judge = oracle.Oracle(momentum)
             judge.m = before
@@ -163,6 +162,11 @@ def check(told, sizes, aggregator=True):
             if part == 0:
                 momenta[step] = judge.m
     return redone
+
+
+def resampled(curve, workers):
+    """The momentum's curve, for another number of workers."""
+    return list(np.interp(np.linspace(0, len(curve) - 1, workers), range(len(curve)), curve))
 
 
 def check_commits(told):

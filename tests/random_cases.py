@@ -1,4 +1,4 @@
-"""Random training jobs, each drawn from a seed, beside the oracle. Runs on the ranks.
+"""Random training jobs, each drawn from a seed, beside the oracle. Runs on the ranks, but for `agree_with_the_oracle`.
 
 A case is some parameters, some options, and for every step and rank some gradients, with things that go wrong: values
 that are not finite, gradients that are missing, layers that are frozen, ranks that run out of data and join. The same
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ import harness
 import numpy as np
 import torch
 
+SEED = int(os.environ.get("RANDOM_SEED", random.randrange(10**9)))
+CASES = int(os.environ.get("RANDOM_CASES", "1000000"))
 SHAPES = [(), (1,), (7,), (3, 5), (64,), (2, 3, 4), (0, 3), (301,)]
 TYPES = ["float32"] * 6 + ["float64"] * 3 + ["float16", "bfloat16", "complex64"]
 # Of one rounding, relative to what is rounded.
@@ -199,21 +203,17 @@ def run(case: Case) -> Counter[str]:
     import adacons_hvd.torch as hvd
 
     hvd.init()
-    me, workers = harness.rank(), harness.size()
-    met: Counter[str] = Counter()
+    me = harness.rank()
     kinds = [getattr(torch, kind) for kind in case.types]
     parameters = [torch.nn.Parameter(torch.ones(s, dtype=k)) for s, k in zip(case.shapes, kinds, strict=True)]
-
-    def pick(numbers: Any) -> Any:
-        return [[parameters[i] for i in some] for some in numbers] if isinstance(numbers, list) else numbers
 
     optimizer = hvd.DistributedOptimizer(
         getattr(torch.optim, case.optimizer)(parameters, lr=0.01),
         [(f"p{i}", p) for i, p in enumerate(parameters)],
         aggregator=hvd.AdaCons(**case.aggregator, nonfinite=case.nonfinite),
         compression=hvd.Compression.fp16 if case.fp16 else hvd.Compression.none,
-        granularity=pick(case.granularity),
-        groups=pick(case.groups),
+        granularity=pick(case.granularity, parameters),
+        groups=pick(case.groups, parameters),
         **case.options,
     )
     raw, found = [], []
@@ -226,19 +226,30 @@ def run(case: Case) -> Counter[str]:
         raw.append([array(p.grad, p) for p in parameters])
         found.append(step_and_see(optimizer, parameters))
     hvd.join()
+    return judged(case, raw, found, [array(p, p) for p in parameters], optimizer.state_dict()["adacons"])
+
+
+def pick(numbers: Any, parameters: Sequence[Any]) -> Any:
+    """Lists of parameters from lists of their numbers; anything else stays."""
+    return [[parameters[i] for i in some] for some in numbers] if isinstance(numbers, list) else numbers
+
+
+def judged(
+    case: Case, raw: list[Any], found: list[Any], parameters: list[np.ndarray], memory: Mapping[str, Any]
+) -> Counter[str]:
+    """Compare ranks with each other, and rank 0 all of them with the oracle; what was met."""
     everyone = harness.gather((raw, found))
+    workers = range(len(everyone))
     for step in range(max(case.steps)):
-        here = [rank for rank in range(workers) if step < case.steps[rank]]
-        results = [everyone[rank][1][step] for rank in here]
+        results = [everyone[rank][1][step] for rank in workers if step < case.steps[rank]]
         assert all(same(results[0], other) for other in results[1:]), f"step {step}: the ranks differ"
-    if me == 0:
-        met += compare(case, [theirs for theirs, _ in everyone], [theirs for _, theirs in everyone])
-    stayed = [rank for rank in range(workers) if case.steps[rank] == max(case.steps)]
-    bits = harness.gather(hashlib.sha256(repr([array(p, p).tolist() for p in parameters]).encode()).hexdigest())
+    bits = harness.gather(hashlib.sha256(repr([p.tolist() for p in parameters]).encode()).hexdigest())
+    stayed = [rank for rank in workers if case.steps[rank] == max(case.steps)]
     assert len({bits[rank] for rank in stayed}) == 1, "parameters differ"
-    memory = optimizer.state_dict()["adacons"]
-    assert all(torch.isfinite(v).all() for v in memory.values() if torch.is_tensor(v)), "the momentum is not finite"
-    return met
+    assert all(np.isfinite(np.asarray(value)).all() for value in memory.values()), "the momentum is not finite"
+    if harness.rank():
+        return Counter()
+    return compare(case, [theirs for theirs, _ in everyone], [theirs for _, theirs in everyone])
 
 
 def backward(case: Case, parameters: list[torch.Tensor], step: int, turn: int) -> None:
@@ -333,7 +344,14 @@ def halved(case: Case, number: int, x: np.ndarray) -> np.ndarray:
         return x.astype(np.float16).astype(np.float64)
 
 
-def run_many(first: int, seconds: float, cases: int, module: str = __name__) -> dict[str, int]:
+def agree_with_the_oracle(cluster: Any, seconds: float, module: str = __name__, **limits: float) -> None:
+    """In the test: have the ranks take random cases for so long."""
+    results = cluster.run(run_many, SEED, seconds, CASES, module, **limits)
+    print(f"RANDOM_SEED={SEED} on {cluster.ranks} ranks under {cluster.launcher}: {results[0]}")
+    assert results[0]["cases"] >= 1
+
+
+def run_many(first: int, seconds: float, cases: int, module: str) -> dict[str, int]:
     """Cases from `first` on until the time or their number is up; what was met in them.
 
     `module` has the function `run` that takes a case.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from elastic_training import check_commits, resampled
 from harness.elastic import ElasticJob
 
 # Two batches make a step, and the loss is scaled: both are matters that all workers must begin alike.
@@ -75,11 +76,6 @@ tell(done=True)
 """
 
 
-def resampled(curve: list[float], workers: int) -> np.ndarray:
-    places = np.linspace(0, len(curve) - 1, workers) if workers > 1 else [0.0]
-    return np.interp(places, range(len(curve)), curve)
-
-
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 def test_workers_come_die_and_go(tmp_path, backend):
     hosts = {"localhost": 2}
@@ -90,13 +86,7 @@ def test_workers_come_die_and_go(tmp_path, backend):
         result = job.result(240)
     assert result.exit_code == 0, result
     assert sum("done" in fact for fact in result.told) == 1
-    committed = {}
-    for fact in result.told:
-        if "committing" in fact:
-            committed[fact["committing"]] = fact["bits"]
-        elif fact.get("enter"):
-            assert fact["enter"] == max(committed)
-            assert fact["bits"] == committed[fact["enter"]]
+    check_commits(result.told)
     stages = stages_of(result.told)
     assert [facts[0]["size"] for facts in stages.values()] == [2, 3, 2, 1]
     assert stages[1][-1]["step"] == stages[2][0]["step"], "the step after the last commit is taken again"
@@ -110,7 +100,7 @@ def test_workers_come_die_and_go(tmp_path, backend):
             assert {fact["steps"] for fact in same} == {step}
             assert all(fact["curve"] == same[0]["curve"] for fact in same)
             if step > 1:
-                expected = 0.9 * resampled(curves[step - 1], size) + 0.1 * np.sort(same[0]["first"])
+                expected = 0.9 * np.array(resampled(curves[step - 1], size)) + 0.1 * np.sort(same[0]["first"])
                 np.testing.assert_allclose(same[0]["curve"], expected, rtol=1e-9)
             curves[step] = same[0]["curve"]
 

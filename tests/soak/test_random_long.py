@@ -7,14 +7,11 @@ many cases at most on each number of ranks.
 from __future__ import annotations
 
 import os
-import random
 
 import pytest
 import random_cases
 
 SECONDS = float(os.environ.get("RANDOM_SECONDS", "3600"))
-CASES = int(os.environ.get("RANDOM_CASES", "1000000"))
-SEED = int(os.environ.get("RANDOM_SEED", random.randrange(10**9)))
 
 
 @pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"))
@@ -33,5 +30,4 @@ def test_random_jobs_of_ddp_agree_with_the_oracle(cluster):
 
 
 def agree_with_the_oracle(cluster, module, seconds):
-    results = cluster.run(random_cases.run_many, SEED, seconds, CASES, module, timeout=seconds + 120)
-    print(f"RANDOM_SEED={SEED} on {cluster.ranks} ranks under {cluster.launcher}: {results[0]}")
+    random_cases.agree_with_the_oracle(cluster, seconds, module, timeout=seconds + 120)
