@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -438,6 +439,23 @@ def test_c(cluster): pass
     assert process.wait(60) == 0
     names = [line.partition("::")[2] for line in (tmp_path / "output").read_text().splitlines() if "::" in line]
     assert names == ["test_b", "test_a[gloo-2]", "test_c[gloo-2]", "test_a[gloo-3]", "test_a[mpi-2]", "test_a[mpi-3]"]
+
+
+def test_what_is_left_for_the_soak(tmp_path: Path) -> None:
+    source = """
+import pytest
+@pytest.mark.ranks(2, 3, soak={"gloo": (3,)})
+def test_a(cluster): pass
+"""
+    for asked, names in {"not soak": ["mpi-2", "mpi-3", "gloo-2"], "soak": ["gloo-3"]}.items():
+        process, _ = pytest_on(tmp_path, source, "--collect-only", "-q", "-m", asked)
+        assert process.wait(60) == 0
+        output = (tmp_path / "output").read_text()
+        assert sorted(re.findall(r"test_a\[(.*)\]", output)) == sorted(names)
+    wrong = source.replace('"gloo": (3,)', '"gloo": (4,)')
+    process, _ = pytest_on(tmp_path, wrong, "--collect-only", "-q")
+    assert process.wait(60) != 0
+    assert "leaves ('gloo', 4) for the soak, which is not among its processes" in (tmp_path / "output").read_text()
 
 
 # --- tests/mpi: mpirun -np N python -m pytest

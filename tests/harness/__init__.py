@@ -26,6 +26,7 @@ What a test says about its cluster
 - `launcher`, one name or several: "mpi" (mpirun, Horovod's MPI controller), "gloo" (horovodrun --gloo),
   "torchrun" (no Horovod: torch.distributed with init_method="env://"). Default: mpi and gloo. Another one is one more
   entry in `launchers.py`.
+- `soak`, numbers by launcher, as in {"gloo": (2, 4)}: those of them that only `make soak` runs.
 - `env`, environment of the ranks on top of `launchers.environment`.
 - `pool`, any word: tests that use another word do not share processes. Say pool="tensorflow" where TensorFlow is used,
   so that no process loads both frameworks.

@@ -22,7 +22,7 @@ def under_mpi() -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
-        'ranks(*numbers, launcher=("mpi", "gloo"), env={}, pool=""): what the `cluster` fixture runs on',
+        'ranks(*numbers, launcher=("mpi", "gloo"), soak={}, env={}, pool=""): what the `cluster` fixture runs on',
         "time_limit(seconds): hard limit of each distributed run of a test",
     ):
         config.addinivalue_line("markers", line)
@@ -31,8 +31,18 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cluster" in metafunc.fixturenames:
         mark = metafunc.definition.get_closest_marker("ranks")
-        specs = specs_of(*mark.args, **mark.kwargs) if mark else specs_of()
-        metafunc.parametrize("cluster", specs, ids=str, indirect=True)
+        wanted = dict(mark.kwargs) if mark else {}
+        later = wanted.pop("soak", {})
+        specs = specs_of(*mark.args, **wanted) if mark else specs_of()
+        left = [(name, number) for name, numbers in later.items() for number in numbers]
+        missing = sorted(set(left) - {(spec.launcher, spec.ranks) for spec in specs})
+        if missing:
+            raise ValueError(f"a ranks mark leaves {missing[0]} for the soak, which is not among its processes")
+        parameters = [
+            pytest.param(spec, marks=pytest.mark.soak) if (spec.launcher, spec.ranks) in left else spec
+            for spec in specs
+        ]
+        metafunc.parametrize("cluster", parameters, ids=str, indirect=True)
 
 
 def specs_of(

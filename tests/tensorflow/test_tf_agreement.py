@@ -39,6 +39,7 @@ def test_tapes_that_differ_are_an_error_on_every_rank(cluster, in_graph, differe
     assert first.startswith(difference.removeprefix("no "))
 
 
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"), soak={"mpi": (2,)}, pool="tensorflow")
 @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
 def test_checkpoints_hold_what_tapes_remember(cluster, tmp_path, in_graph):
     def resume(folder: str, in_graph: bool) -> list[float]:
