@@ -57,7 +57,7 @@ docs: setup ## the documentation as a site, in out/site
 	@$(RUN) python -m sphinx -W --keep-going -q -E -b html docs out/site
 
 .PHONY: soak
-soak: setup ## the long tests: endurance, an hour of random jobs
+soak: setup ## the long tests: endurance, an hour of random jobs, every number of ranks
 	@$(RUN) python -m pytest -m soak $(PYTEST_ARGS)
 
 .PHONY: docker-test

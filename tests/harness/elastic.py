@@ -43,9 +43,8 @@ an exact place does it by itself: `os.kill(os.getpid(), signal.SIGKILL)`. `resul
 job; if that does not come in time, or `wait_until` is in vain, ClusterError is raised with everybody's output. At the
 end of the `with` block every process of the job is ended.
 
-Costs: 10 to 15 seconds until the first step, most of it `horovodrun` importing the frameworks to see what it has; and
-where a worker is killed, up to HOROVOD_GLOO_TIMEOUT_SECONDS (here 20) until those notice who did not wait for it, but
-for others that did.
+Costs: some seconds until the first step, most of them for importing the framework; and where a worker is killed, up to
+HOROVOD_GLOO_TIMEOUT_SECONDS (here 20) until those notice who did not wait for it, but for others that did.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
+HOROVODRUN = Path(__file__).with_name("horovodrun.py")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _mpirun(ranks: int) -> list[str]:
 
 
 def _horovodrun(ranks: int) -> list[str]:
-    return [program("horovodrun"), "--gloo", "-np", str(ranks)]
+    return [sys.executable, str(HOROVODRUN), "--gloo", "-np", str(ranks)]
 
 
 def _torchrun(ranks: int) -> list[str]:

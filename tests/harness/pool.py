@@ -26,7 +26,7 @@ from harness.launchers import LAUNCHERS, environment
 START = Path(__file__).with_name("start.py")
 # How long the ranks that are still running get once one has failed.
 GRACE = 5.0
-# How long a pool may take to start. The slowest part is horovodrun, which imports the frameworks to see what it has.
+# How long a pool may take to start.
 STARTUP = 120.0
 # How long a message may stop in the middle: a rank can be stopped or killed while it sends or receives.
 STALL = 30.0
