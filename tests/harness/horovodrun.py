@@ -1,7 +1,7 @@
 """`horovodrun`, told that Horovod was built with Gloo instead of finding that out by importing TensorFlow.
 
-That takes 4 seconds at every start, and the suite has hundreds. A Horovod without Gloo still fails: in `hvd.init()`.
-The command itself is started by `adacons doctor`, and so by its tests.
+That takes 4 seconds at every start. A Horovod without Gloo still fails: in `hvd.init()`.
+With that check it is started, as a module, by `adacons doctor`, and so by its tests.
 """
 
 from __future__ import annotations

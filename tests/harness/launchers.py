@@ -94,6 +94,9 @@ DEFAULTS = {
     "PYTHONUNBUFFERED": "1",
 }
 
+# For `soak=` of a test on 2, 3 and 4 ranks: the pairs that are left when every run has each number and each launcher.
+OTHER_PAIRS = {"mpi": (3,), "gloo": (2, 4)}
+
 
 def _package_folder() -> str:
     """Where this process finds the package under test, so that the ranks find the same one."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from harness.launchers import OTHER_PAIRS
 
 pytestmark = pytest.mark.time_limit(300)
 
 SCHEDULES = ["two-pass", "one-pass", "gather"]
-
-# In every run each number and each launcher, in the long one all pairs of them.
-LATER = {"mpi": (3,), "gloo": (2, 4)}
 
 
 def train(which: str, schedules: list[str]) -> list[str]:
@@ -26,12 +24,14 @@ def train(which: str, schedules: list[str]) -> list[str]:
     return [fit_beside_oracle(keras, hvd, schedule=name).report.schedule for name in schedules]
 
 
-@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=LATER, pool="tensorflow")
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=OTHER_PAIRS, pool="tensorflow")
 def test_keras_3_on_tensorflow(cluster):
     assert cluster.run(train, "keras", SCHEDULES) == [SCHEDULES] * cluster.ranks
 
 
-@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=LATER, pool="keras-torch", env={"KERAS_BACKEND": "torch"})
+@pytest.mark.ranks(
+    2, 3, 4, launcher=("mpi", "gloo"), soak=OTHER_PAIRS, pool="keras-torch", env={"KERAS_BACKEND": "torch"}
+)
 def test_keras_3_on_torch(cluster):
     def without_tensorflow(*arguments):
         import sys
@@ -43,6 +43,6 @@ def test_keras_3_on_torch(cluster):
     assert cluster.run(without_tensorflow, "keras", SCHEDULES) == [SCHEDULES] * cluster.ranks
 
 
-@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=LATER, pool="tensorflow")
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=OTHER_PAIRS, pool="tensorflow")
 def test_keras_2(cluster):
     assert cluster.run(train, "tf_keras", SCHEDULES) == [SCHEDULES] * cluster.ranks

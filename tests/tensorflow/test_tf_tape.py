@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from harness.launchers import OTHER_PAIRS
 
 pytestmark = pytest.mark.time_limit(300)
 
@@ -14,9 +15,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"momentum": 0.9, "normalize": False, "scale": "unit"},
 ]
 SCHEDULES = ["two-pass", "one-pass", "gather"]
-
-# In every run each number and each launcher, in the long one all pairs of them.
-LATER = {"mpi": (3,), "gloo": (2, 4)}
 
 Case = tuple[dict[str, Any], dict[str, Any]]
 
@@ -66,7 +64,7 @@ def train(steps: int, cases: list[Case], in_graph: bool, tolerance: float = 1e-5
     return len(cases)
 
 
-@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=LATER, pool="tensorflow")
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=OTHER_PAIRS, pool="tensorflow")
 def test_gradients_in_a_graph_agree_with_the_oracle(cluster):
     cases: list[Case] = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
     cases += [(SETTINGS[1], {"schedule": "one-pass"}), (SETTINGS[2], {"schedule": "two-pass"})]
@@ -74,7 +72,7 @@ def test_gradients_in_a_graph_agree_with_the_oracle(cluster):
     assert cluster.run(train, 20, cases, True) == [len(cases)] * cluster.ranks
 
 
-@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=LATER, pool="tensorflow")
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=OTHER_PAIRS, pool="tensorflow")
 def test_eager_gradients_agree_with_the_oracle(cluster):
     cases = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
     assert cluster.run(train, 20, cases, False) == [len(cases)] * cluster.ranks
