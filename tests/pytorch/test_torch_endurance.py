@@ -9,4 +9,4 @@ import pytest
 @pytest.mark.ranks(2, launcher="mpi")
 @pytest.mark.time_limit(120)
 def test_some_hundred_steps_leave_nothing_behind(cluster):
-    endurance.check(cluster.run(endurance.run, 300, True))
+    endurance.check(cluster.run(endurance.pytorch, 300, True))
