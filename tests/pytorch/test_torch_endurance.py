@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.ranks(2, launcher="mpi")
-@pytest.mark.time_limit(120)
+# Ten seconds, or a minute where two cores are shared badly between the threads in which two ranks wait for MPI.
+@pytest.mark.time_limit(300)
 def test_some_hundred_steps_leave_nothing_behind(cluster):
     endurance.check(cluster.run(endurance.pytorch, 300, True))
