@@ -9,7 +9,7 @@ from typing import Any
 
 from .collectives import Collectives
 
-__all__ = ["DisagreementError", "confirm", "digest"]
+__all__ = ["DisagreementError", "by_ranks", "confirm", "digest"]
 
 
 class DisagreementError(RuntimeError):
@@ -42,29 +42,40 @@ def _keys(descriptions: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _difference(key: str, descriptions: Sequence[Mapping[str, Any]]) -> list[str]:
-    values = [description.get(key, "not given") for description in descriptions]
+    # A rank without an aggregator describes nothing else; that it lacks the rest would only repeat it.
+    given = {rank: description[key] for rank, description in enumerate(descriptions) if key in description}
+    values = list(given.values())
     if all(value == values[0] for value in values):
         return []
     if all(isinstance(value, list) for value in values):
-        return [_first_difference(key, values)]
-    return [f"{key}: {_by_ranks(values)}"]
+        return [_first_difference(key, given)]
+    return [f"{key}: {_values(given)}"]
 
 
-def _first_difference(key: str, lists: Sequence[Sequence[Any]]) -> str:
-    longest = max(len(items) for items in lists)
+def _first_difference(key: str, lists: Mapping[int, Sequence[Any]]) -> str:
+    longest = max(len(items) for items in lists.values())
     for index in range(longest):
-        here = [items[index] if index < len(items) else "none" for items in lists]
-        if any(value != here[0] for value in here):
-            return f"{key}, first difference at number {index}: {_by_ranks(here)}"
+        here = {rank: items[index] if index < len(items) else "none" for rank, items in lists.items()}
+        if len(set(map(str, here.values()))) > 1:
+            return f"{key}, first difference at number {index}: {_values(here)}"
     return key
 
 
-def _by_ranks(values: Sequence[Any]) -> str:
+def _values(values: Mapping[int, Any]) -> str:
     ranks: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
+    for rank, value in values.items():
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         ranks.setdefault(text, []).append(rank)
-    return "; ".join(f"{value} on rank{'s' if len(some) > 1 else ''} {_shorten(some)}" for value, some in ranks.items())
+    return "; ".join(f"{value} on {by_ranks(some)}" for value, some in ranks.items())
+
+
+def by_ranks(ranks: Sequence[int]) -> str:
+    """Name some ranks.
+
+    >>> by_ranks([0, 1, 2, 5]), by_ranks([3])
+    ('ranks 0-2, 5', 'rank 3')
+    """
+    return f"rank{'s' if len(ranks) > 1 else ''} {_shorten(ranks)}"
 
 
 def _shorten(ranks: Sequence[int]) -> str:

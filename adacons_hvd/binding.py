@@ -1,4 +1,4 @@
-"""What the bindings have in common: arguments that mean the same, and what an optimizer remembers.
+"""What the bindings have in common: names, groups and the choice of a schedule, and what an optimizer remembers.
 
 No framework and no communication library is imported here.
 """
@@ -24,13 +24,8 @@ __all__ = [
     "ONLY_SUMS",
     "STATE_KEY",
     "State",
-    "check_aggregator",
-    "check_granularity",
-    "check_op",
-    "check_predivide",
     "choose_schedule",
     "group_parameters",
-    "parameter_lists",
     "unscale",
 ]
 
@@ -49,63 +44,6 @@ MEASURED_FROM = 256 << 10
 ONLY_SUMS = Choice("two-pass", "a rank has joined: only sums are left")
 
 Parameter = TypeVar("Parameter", bound=Hashable)
-
-
-# --- arguments ----------------------------------------------------------------------------------
-
-
-def check_aggregator(aggregator: Any, schedule: str | Network) -> None:
-    """Refuse what is no aggregator, and a schedule that is unknown or cannot serve it."""
-    if not isinstance(aggregator, Aggregator):
-        raise TypeError(f"aggregator must be an Aggregator such as AdaCons(), got {aggregator!r}")
-    if isinstance(schedule, Network) or schedule in ("auto", "fast"):
-        return
-    if schedule not in SCHEDULES:
-        choices = ", ".join(["auto", "fast", *SCHEDULES])
-        raise ValueError(f"schedule must be one of {choices}, or a Network, got {schedule!r}")
-    if aggregator.needs_gramian and not SCHEDULES[schedule].gives_gramian:
-        able = ", ".join(name for name, cls in SCHEDULES.items() if cls.gives_gramian)
-        raise ValueError(
-            f"{aggregator!r} needs the Gramian of all gradients, which schedule={schedule!r} "
-            f"never sees; use one of {able}"
-        )
-
-
-def check_op(op: Any, hvd: Any) -> None:
-    """Refuse an aggregator beside another way to combine gradients; ``hvd`` is Horovod's module."""
-    if op != hvd.Average:
-        name = {hvd.Sum: "Sum", hvd.Adasum: "Adasum"}.get(op, repr(op))
-        raise ValueError(
-            f"op={name} and an aggregator are two answers to one question, how gradients are "
-            "combined. Leave op out, or leave the aggregator out."
-        )
-
-
-def check_predivide(factor: float) -> None:
-    if factor <= 0:
-        raise ValueError(f"gradient_predivide_factor must be positive, got {factor!r}")
-
-
-def check_granularity(granularity: Any, kind: Any) -> str | list[list[Any]]:
-    """``granularity`` as the bindings keep it; ``kind`` is the class of parameters."""
-    if isinstance(granularity, str):
-        if granularity not in ("model", "layer"):
-            raise ValueError(f'granularity must be "model", "layer" or lists of parameters, got {granularity!r}')
-        return granularity
-    return parameter_lists("granularity", granularity, kind)
-
-
-def parameter_lists(argument: str, lists: Any, kind: Any) -> list[list[Any]]:
-    """Lists of parameters, none of them in two places."""
-    result = [list(group) for group in lists]
-    seen: set[int] = set()
-    for parameter in (p for group in result for p in group):
-        if not isinstance(parameter, kind):
-            raise ValueError(f"{argument} must hold parameters, found {type(parameter).__name__}")
-        if id(parameter) in seen:
-            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is in {argument} twice")
-        seen.add(id(parameter))
-    return result
 
 
 def group_parameters(

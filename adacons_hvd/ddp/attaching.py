@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..aggregators import Aggregator
-from ..binding import STATE_KEY, check_aggregator, check_granularity
+from ..binding import STATE_KEY
 from ..costs import Network
+from ..engine.settings import check_aggregator, check_granularity
 from .reducer import Reducer, Settings
 
 __all__ = ["attach"]
@@ -82,7 +83,7 @@ def attach(
     _check(model, optimizer)
     if aggregator is not None:
         check_aggregator(aggregator, schedule)
-    settings = Settings(aggregator, schedule, check_granularity(granularity, torch.Tensor), grad_scaler)
+    settings = Settings(aggregator, schedule, check_granularity(granularity, torch.is_tensor), grad_scaler)
     reducer = Reducer(model, optimizer, settings)
     if aggregator is None:
         return

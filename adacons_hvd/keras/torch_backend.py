@@ -11,7 +11,8 @@ import torch
 from horovod.torch.mpi_ops import ProcessSet
 
 from ..aggregators import Mean
-from ..binding import State, canonical_names, check_aggregator, check_granularity, check_predivide
+from ..binding import State, canonical_names
+from ..engine.settings import check_aggregator, check_granularity, check_predivide
 from ..torch.numbering import restart as start_over
 from ..torch.numbering import take_number
 from ..torch.reducer import Reducer, Settings
@@ -163,7 +164,7 @@ def checked_settings(**given: Any) -> Settings:
     granularity = given.pop("granularity")
     if not isinstance(granularity, str):
         granularity = [[v.value for v in group] for group in granularity]
-    granularity = check_granularity(granularity, torch.Tensor)
+    granularity = check_granularity(granularity, torch.is_tensor)
     return Settings(aggregator=aggregator, granularity=granularity, overlap=False, grad_scaler=None, **given)
 
 

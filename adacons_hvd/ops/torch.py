@@ -350,3 +350,44 @@ def sparse_combine(
     height = int(rows.max()) + 1 if len(rows) else 0
     summed = torch.sparse_coo_tensor(rows[None], weighted, (height, values.shape[1]), check_invariants=False).coalesce()
     return summed.indices()[0], summed.values().to(values.dtype)
+
+
+# --- comparing replicas ---------------------------------------------------------------------
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A number (int64, on the tensors' device) that differs if bits of the tensors do.
+
+    The sum of their bits, eight bytes at a time. Integers are added, so the order in which a device adds makes no
+    difference: equal tensors have equal digests whatever processors hold them. Small tensors are joined first, because
+    a model can have thousands.
+    """
+    parts: list[torch.Tensor] = []
+    small: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        flat = _bytes(tensor.detach())
+        if flat.numel() >= _BLOCK_CPU:
+            parts.append(_sum_of_words(flat))
+        elif flat.numel():
+            small.setdefault(flat.device, []).append(flat)
+    parts += [_sum_of_words(torch.cat(some)) for some in small.values()]
+    if not parts:
+        return torch.zeros((), dtype=torch.int64)
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum() & _POSITIVE
+
+
+#: Keeps a digest positive, and small enough that adding zeros from other ranks cannot overflow.
+_POSITIVE = (1 << 62) - 1
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _sum_of_words(flat: torch.Tensor) -> torch.Tensor:
+    if flat.storage_offset() % 8:
+        flat = flat.clone()  # words must begin at a multiple of their size
+    whole = flat.numel() // 8 * 8
+    return flat[:whole].view(torch.int64).sum() + flat[whole:].sum(dtype=torch.int64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import horovod.tensorflow as hvd
 
-from ..binding import check_aggregator, check_op, check_predivide
+from ..engine.settings import check_aggregator, check_op, check_predivide
 from .reducer import Settings, key_of
 
 __all__ = ["checked_groups", "checked_settings"]

@@ -15,17 +15,10 @@ from horovod.torch.mpi_ops import ProcessSet, global_process_set
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator, unpack_memory
-from ..binding import (
-    BUCKET_BYTES,
-    STATE_KEY,
-    check_aggregator,
-    check_granularity,
-    check_op,
-    check_predivide,
-    parameter_lists,
-)
+from ..binding import BUCKET_BYTES, STATE_KEY
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
+from ..engine.settings import check_aggregator, check_granularity, check_op, check_predivide, parameter_lists
 from ..report import Report
 from .numbering import generation, take_number
 from .reducer import Flags, Reducer, Settings, exchange_flags
@@ -132,7 +125,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     settings = Settings(
         aggregator=aggregator,
         schedule=schedule,
-        granularity=check_granularity(granularity, torch.Tensor),
+        granularity=check_granularity(granularity, torch.is_tensor),
         compression=compression,
         gradient_predivide_factor=gradient_predivide_factor,
         groups=_checked_groups(groups),
@@ -377,4 +370,4 @@ def _checked_groups(groups: Any) -> int | list[list[torch.Tensor]] | None:
         if groups < 0:
             raise ValueError(f"groups must not be negative, got {groups}")
         return groups
-    return parameter_lists("groups", groups, torch.Tensor)
+    return parameter_lists("groups", groups, torch.is_tensor)
