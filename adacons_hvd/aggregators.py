@@ -178,6 +178,7 @@ class Aggregator:
             memory = {**self.started(statistics), **memory}
         own = _own(memory)
         decision = self.weigh(statistics, own)
+        self._check_weights(decision.weights, statistics)
         usable = finite & ops.every(ops.isfinite(decision.weights))
         fallback = decision.fallback | ~usable
         average = ops.wide(present) / _count(present)
@@ -192,6 +193,14 @@ class Aggregator:
             fallback=fallback,
             stages=decision.stages,
         )
+
+    def _check_weights(self, weights: Tensor, statistics: Statistics) -> None:
+        found, expected = ops_for(weights).shape(weights), ops_for(weights).shape(statistics.squares)
+        if found != expected:
+            raise ValueError(
+                f"{self!r} returned weights of shape {found}, but there must be one for each worker of each group, "
+                f"{expected}"
+            )
 
     def started(self, statistics: Statistics) -> Memory:
         """Return a whole memory to begin with; ``statistics`` shows the shapes."""
@@ -217,6 +226,7 @@ class Aggregator:
         These are the given rows, unless ``nonfinite="exclude"`` replaced some with zeros.
         """
         ops = ops_for(gradients)
+        gradients = ops.floating(gradients)
         statistics = Statistics.of(gradients, self.needs_gramian)
         finite = ops.isfinite(statistics.squares)
         if self.nonfinite == "raise":
@@ -313,8 +323,10 @@ class AdaCons(Aggregator):
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {momentum!r}")
+        if not isinstance(normalize, bool):
+            raise ValueError(f"normalize must be True or False, got {normalize!r}")
         self.momentum = float(momentum)
-        self.normalize = bool(normalize)
+        self.normalize = normalize
         self.scale = _one_of("scale", scale, ("unit", "average"))
         self.nonfinite = _one_of("nonfinite", nonfinite, NONFINITE_POLICIES)
 

@@ -44,7 +44,7 @@ def measured_rates(collectives: Collectives, hosts: Sequence[str], size: float, 
     """
     sizes = _SIZES[: max(2, 1 + sum(smaller < size for smaller in _SIZES))]
     calibration = _Calibration(collectives, sizes, reference, name)
-    place = (type(collectives).__name__, *hosts, str(len(sizes)))
+    place = (collectives.kind, str(reference.device), *hosts, str(len(sizes)))
     # In an elastic job a new worker may stand where another was, and know nothing.
     if not all(known for (known,) in calibration.gather([float(place in _known)], "known")):
         _known[place] = calibration.rates(len(set(hosts)))

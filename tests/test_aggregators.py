@@ -374,6 +374,7 @@ def test_repr_and_equality():
     [
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
         ({"momentum": -0.1}, "momentum must be at least 0 and below 1, got -0.1"),
+        ({"normalize": "no"}, "normalize must be True or False, got 'no'"),
         ({"scale": "big"}, "scale must be one of unit, average, got 'big'"),
         ({"nonfinite": "hide"}, "nonfinite must be one of propagate, exclude, raise, got 'hide'"),
     ],
@@ -381,6 +382,18 @@ def test_repr_and_equality():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         AdaCons(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_are_computed_with_fractions(dtype):
+    whole = torch.tensor([[1, 0], [1, 1]], dtype=dtype)
+    assert torch.equal(AdaCons()(whole), AdaCons()(whole.float()))
+    assert AdaCons()(torch.tensor([[3, 4], [3, 4]])).tolist() == pytest.approx([0.6, 0.8])
+
+
+def test_complex_gradients_are_refused_in_words():
+    with pytest.raises(TypeError, match="view_as_real"):
+        AdaCons()(torch.ones(2, 3, dtype=torch.complex64))
 
 
 def test_something_that_is_no_tensor_is_refused_in_words():

@@ -41,6 +41,8 @@ class Collectives(Protocol):
     #: How many workers there are, and which one this is.
     size: int
     rank: int
+    #: What carries the messages, in words that tell one library or transport from another.
+    kind: str
 
     # Where `out` is given, the result is put there if the library can. It may be `tensor` itself
     # in allreduce. Only what wait() returns is sure to be the result.

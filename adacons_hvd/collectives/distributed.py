@@ -36,6 +36,7 @@ class TorchDistributed:
         self.device = torch.device(device)
         self.size: int = dist.get_world_size(group)
         self.rank: int = dist.get_rank(group)
+        self.kind = f"torch.distributed over {dist.get_backend(group)}"
 
     # wait() of an operation on an accelerator does not wait: it makes the current stream do so.
 

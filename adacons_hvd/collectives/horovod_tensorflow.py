@@ -30,6 +30,8 @@ class HorovodTensorFlow:
     Horovod's ``device_dense`` and ``device_sparse``.
     """
 
+    kind = "horovod.tensorflow"
+
     def __init__(self, process_set: hvd.ProcessSet = hvd.global_process_set, dense: str = "", sparse: str = "") -> None:
         self.process_set = process_set
         self.size: int = process_set.size()

@@ -23,6 +23,8 @@ _LONGEST_SLEEP = 1e-3
 class HorovodTorch:
     """The workers of one Horovod process set."""
 
+    kind = "horovod.torch"
+
     def __init__(self, process_set: hvd.ProcessSet = hvd.global_process_set) -> None:
         self.process_set = process_set
         self.size: int = process_set.size()
@@ -73,7 +75,7 @@ class HorovodTorch:
     def allgather_bytes(self, data: bytes, name: str) -> list[bytes]:
         lengths = torch.tensor([len(data)], dtype=torch.int64)
         sizes = self.allgather_rows(lengths, f"{name}.length").wait().tolist()
-        payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        payload = torch.tensor(list(data), dtype=torch.uint8)
         everything = self.allgather_rows(payload, f"{name}.bytes").wait()
         return [bytes(part.tolist()) for part in torch.split(everything, sizes)]
 

@@ -48,8 +48,8 @@ def is_due(step: int, interval: int) -> bool:
 def compare_replicas(digests: Mapping[int, Sequence[int]], names: Sequence[str], step: int) -> None:
     """Raise the error that says where replicas differ.
 
-    ``digests`` has the ranks that took part, and for each one digest a parameter, in the order of ``names``. ``step`` is
-    the one before which they were compared, counted from 1.
+    ``digests`` has the ranks that took part, and for each of them one digest a parameter, in the order of ``names``.
+    ``step`` is the one before which they were compared, counted from 1.
 
     >>> compare_replicas({0: [7, 8], 1: [7, 8], 2: [7, 9]}, ["weight", "bias"], 5)
     Traceback (most recent call last):
@@ -77,7 +77,8 @@ def compare_replicas(digests: Mapping[int, Sequence[int]], names: Sequence[str],
 
 def stray_step(ranks: Sequence[int], how: str) -> StrayStepError:
     """The error for a step along gradients that were never aggregated, which these ranks took or tried to take."""
-    return StrayStepError(
+    error: StrayStepError = StrayStepError(
         f"{by_ranks(ranks)} took a step along gradients that were never aggregated: {how}. "
         "Every step of these parameters must be a step() of the distributed optimizer."
     )
+    return error

@@ -37,7 +37,7 @@ def check_schedule(schedule: Any) -> None:
 
     >>> check_schedule("one-pas")
     Traceback (most recent call last):
-    ValueError: schedule must be one of auto, fast, two-pass, one-pass, gather, half, sketch, or a Network, got 'one-pas'
+    ValueError: schedule must be one of auto, fast, two-pass, ..., or a Network, got 'one-pas'
     """
     if isinstance(schedule, Network):
         return
@@ -154,9 +154,7 @@ def check_members(argument: str, lists: Any, known: Collection[Hashable], key: K
         )
 
 
-def parameter_lists(
-    argument: str, lists: Any, is_parameter: Callable[[Any], bool], key: Key = id
-) -> list[list[Any]]:
+def parameter_lists(argument: str, lists: Any, is_parameter: Callable[[Any], bool], key: Key = id) -> list[list[Any]]:
     """Lists of parameters, none of them in two places."""
     if not isinstance(lists, Iterable) or isinstance(lists, (str, bytes)) or is_parameter(lists):
         raise ValueError(f"{argument} must be lists of parameters, got {lists!r}")

@@ -35,6 +35,13 @@ def wide(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(x, tf.float64)
 
 
+def floating(x: tf.Tensor) -> tf.Tensor:
+    """``x`` as real numbers that have fractions; whole numbers are converted."""
+    if x.dtype.is_complex:
+        raise TypeError("an aggregator combines real gradients; give a complex one's real and imaginary parts instead")
+    return x if x.dtype.is_floating else tf.cast(x, tf.float32)
+
+
 def like(values: Iterable[float], reference: tf.Tensor) -> tf.Tensor:
     return tf.constant([float(value) for value in values], tf.float64)
 

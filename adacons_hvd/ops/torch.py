@@ -29,6 +29,15 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float64)
 
 
+def floating(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as real numbers that have fractions; whole numbers are converted."""
+    if x.is_complex():
+        raise TypeError(
+            "an aggregator combines real gradients; give complex ones as torch.view_as_real(...).flatten(1)"
+        )
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+
+
 def like(values: Iterable[float], reference: torch.Tensor) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.float64, device=reference.device)
 

@@ -11,9 +11,10 @@ from horovod.torch import *  # noqa: F403
 from ..aggregators import AdaCons as AdaCons
 from ..aggregators import Aggregator as Aggregator
 from ..aggregators import Mean as Mean
+from .broadcasting import broadcast_optimizer_state as broadcast_optimizer_state
+from .broadcasting import broadcast_parameters as broadcast_parameters
 from .numbering import init as init
 from .optimizer import DistributedOptimizer as DistributedOptimizer
-from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state
 
 # Horovod's module of this name is here already, and would be what `from . import` finds.
 elastic = _import_module(".elastic", __name__)

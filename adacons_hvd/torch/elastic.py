@@ -8,10 +8,10 @@ from typing import Any
 import horovod.torch as hvd
 from horovod.common.elastic import run_fn
 from horovod.torch.elastic import ElasticSampler, sampler, state
-from horovod.torch.elastic.state import OptimizerStateHandler
+from horovod.torch.elastic.state import ModelStateHandler, OptimizerStateHandler
 
+from .broadcasting import broadcast_optimizer_state, broadcast_parameters
 from .numbering import init
-from .optimizer import broadcast_optimizer_state
 
 __all__ = ["ElasticSampler", "TorchState", "run", "sampler", "state"]
 
@@ -27,8 +27,9 @@ class TorchState(hvd.elastic.TorchState):  # type: ignore[misc]
     def __init__(self, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
         super().__init__(model, optimizer, **kwargs)
         for name, handler in self._handlers.items():
-            if type(handler) is OptimizerStateHandler:
-                self._handlers[name] = _OptimizerHandler(handler.value)
+            ours = {OptimizerStateHandler: _OptimizerHandler, ModelStateHandler: _ModelHandler}.get(type(handler))
+            if ours is not None:
+                self._handlers[name] = ours(handler.value)
 
     def sync(self) -> None:
         super().sync()
@@ -38,6 +39,11 @@ class TorchState(hvd.elastic.TorchState):  # type: ignore[misc]
 class _OptimizerHandler(OptimizerStateHandler):  # type: ignore[misc]
     def sync(self) -> None:
         broadcast_optimizer_state(self.value, root_rank=0)
+
+
+class _ModelHandler(ModelStateHandler):  # type: ignore[misc]
+    def sync(self) -> None:
+        broadcast_parameters(self.value.state_dict(), root_rank=0)
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:

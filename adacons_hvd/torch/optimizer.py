@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,18 +14,33 @@ import horovod.torch as hvd
 import torch
 from horovod.torch.compression import Compression
 from horovod.torch.mpi_ops import ProcessSet, global_process_set
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator, unpack_memory
-from ..binding import BUCKET_BYTES, STATE_KEY
+from ..binding import BUCKET_BYTES, STATE_KEY, unscale
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
-from ..engine.settings import check_aggregator, check_granularity, check_op, check_predivide, parameter_lists
+from ..engine.replicas import CHECK_REPLICAS
+from ..engine.settings import (
+    check_aggregator,
+    check_compression,
+    check_count,
+    check_grad_scaler,
+    check_granularity,
+    check_groups,
+    check_members,
+    check_op,
+    check_predivide,
+    check_process_set,
+    check_replicas_interval,
+)
 from ..report import Report
+from ..torch_amp import aggregate_before_unscaling
 from .numbering import generation, take_number
-from .reducer import Flags, Reducer, Settings, exchange_flags
+from .reducer import Flags, Reducer, Settings, exchange_flags, reducer_of
 
-__all__ = ["DistributedOptimizer", "broadcast_optimizer_state"]
+__all__ = ["DistributedOptimizer"]
 
 
 def DistributedOptimizer(  # noqa: N802 - Horovod's name
@@ -44,12 +61,15 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     bucket_bytes: int = BUCKET_BYTES,
     overlap: bool = True,
     grad_scaler: Any = None,
+    check_replicas: int = CHECK_REPLICAS,
+    may_differ: Iterable[torch.Tensor] = (),
 ) -> Any:
     """Wrap an optimizer so that its steps use the gradients of all workers.
 
     Without an ``aggregator`` this is ``horovod.torch.DistributedOptimizer``. With one, gradients
     are combined by it instead of being averaged, and the arguments in common mean what they mean
-    there. The wrapped optimizer must not be used any more; both share one state.
+    there. The optimizer itself becomes the distributed one and is returned, so schedulers, scalers
+    and trainers that were made for it go on working, in whichever order.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -80,7 +100,13 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         overlap: whether to send during backward, rather than only in ``step()``.
         grad_scaler: the ``torch.amp.GradScaler`` in use, if any. The length of AdaCons' result
             under ``scale="unit"`` does not follow that of the gradients, so scaled gradients have
-            to be known as such.
+            to be known as such. ``scaler.step(optimizer)`` and ``scaler.unscale_(optimizer)`` tell by
+            themselves; ``optimizer.synchronize()`` before them does not.
+        check_replicas: every how many steps ranks compare their parameters, to notice one that has
+            trained alone. 0 never.
+        may_differ: parameters that are meant to differ between ranks, left out of that comparison.
+
+    With a closure, ``step()`` returns the mean of the ranks' losses, and the optimizer decides by it.
 
     The returned optimizer has two more attributes: ``aggregator``, and ``report``, a
     :class:`adacons_hvd.report.Report` on the last step, or None.
@@ -101,6 +127,14 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     >>> optimizer.report.fallbacks
     0
     """
+    _check_optimizer(optimizer)
+    check_aggregator(aggregator, schedule)
+    check_count("bucket_bytes", bucket_bytes)
+    check_predivide(gradient_predivide_factor)
+    check_compression(compression)
+    check_process_set(process_set, ProcessSet)
+    check_grad_scaler(grad_scaler)
+    check_replicas_interval(check_replicas)
     if aggregator is None:
         return _plain(
             hvd.DistributedOptimizer(
@@ -120,7 +154,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
-    _check(aggregator, op, backward_passes_per_step, schedule, gradient_predivide_factor)
+    check_op(op, hvd)
+    check_count("backward_passes_per_step", backward_passes_per_step)
     names = _names(optimizer, named_parameters)
     settings = Settings(
         aggregator=aggregator,
@@ -128,22 +163,42 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         granularity=check_granularity(granularity, torch.is_tensor),
         compression=compression,
         gradient_predivide_factor=gradient_predivide_factor,
-        groups=_checked_groups(groups),
+        groups=check_groups(groups, torch.is_tensor),
         sparse_as_dense=sparse_as_dense,
         process_set=process_set,
         bucket_bytes=bucket_bytes,
         overlap=overlap,
         grad_scaler=grad_scaler,
+        check_replicas=check_replicas,
+        may_differ=frozenset(may_differ),
     )
-    # As in Horovod, the result is of a new class derived from the optimizer's own. Unlike there,
-    # it takes over what the optimizer holds instead of being constructed anew, so attributes set
-    # by its constructor, state it has gathered, and schedulers made for it all stay.
+    _check_parameters(optimizer, settings)
+    return _distributed(optimizer, names, backward_passes_per_step, settings)
+
+
+def _distributed(
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], passes: int, settings: Settings
+) -> Any:
+    """Make the optimizer a distributed one.
+
+    As in Horovod, its class becomes one derived from its own. Unlike there, it stays the same object: what else knows
+    it, a scheduler or a trainer, then cannot step around the aggregation.
+    """
     base = type(optimizer)
-    cls = type(base.__name__, (base,), {**_METHODS, "_base": base})
-    wrapped: Any = object.__new__(cls)
-    wrapped.__dict__.update(optimizer.__dict__)
-    wrapped._start(names, backward_passes_per_step, settings)
-    return wrapped
+    distributed: Any = optimizer
+    distributed.__class__ = type(base.__name__, (base,), {**_METHODS, "_base": base})
+    # What others have put in place of the optimizer's own methods (schedulers and profilers do) stays in use, as what
+    # is done once gradients are aggregated.
+    distributed._replaced = {name: vars(optimizer).pop(name) for name in _CALLS_BASE if name in vars(optimizer)}
+    if "step" in distributed._replaced:
+        # Schedulers look for the mark that they have left on step().
+        @functools.wraps(distributed._replaced["step"])
+        def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+            return _Aggregating.step(self, closure)
+
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+    distributed._start(names, passes, settings)
+    return distributed
 
 
 class _Aggregating(torch.optim.Optimizer):
@@ -151,6 +206,7 @@ class _Aggregating(torch.optim.Optimizer):
 
     _base: type[torch.optim.Optimizer]
     _reducer: Reducer | None
+    _replaced: dict[str, Callable[..., Any]]
 
     def _start(self, names: Mapping[torch.Tensor, str], passes: int, settings: Settings) -> None:
         self.aggregator = settings.aggregator
@@ -158,6 +214,10 @@ class _Aggregating(torch.optim.Optimizer):
         self.backward_passes_per_step = passes
         self._synchronized = False
         self._should_synchronize = True
+        #: Whether a loss scaler has had the gradients aggregated that step() is about to use.
+        self._aggregated_for_scaler = False
+        #: Whether the optimizer's own step may run now.
+        self._may_step = False
         # A process outside the process set takes its steps alone.
         included = settings.process_set.included()
         self._reducer = Reducer(self, names, passes, settings) if included else None
@@ -168,6 +228,7 @@ class _Aggregating(torch.optim.Optimizer):
         return None if self._reducer is None else self._reducer.report
 
     def set_backward_passes_per_step(self, passes: int) -> None:
+        check_count("backward_passes_per_step", passes)
         self.backward_passes_per_step = passes
         if self._reducer is not None:
             self._reducer.set_passes(passes)
@@ -193,19 +254,17 @@ class _Aggregating(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if not self._should_synchronize:
             self._synchronized = False
-            return self._base.step(self, closure) if closure else self._base.step(self)
+            return self._own_step(closure)
         if closure is not None:
             # The optimizer may evaluate the closure any number of times, and each time it leaves
             # gradients of this worker alone.
-            def synchronized_closure() -> Any:
-                with torch.enable_grad():
-                    loss = closure()
-                self.synchronize()
-                return loss
-
-            result = self._base.step(self, synchronized_closure)
+            result = self._own_step(lambda: self._synchronized_loss(closure))
             self._synchronized = False
             return result
+        pending = self._reducer is not None and self._reducer.pending
+        if self._aggregated_for_scaler and not pending:
+            self._aggregated_for_scaler = False
+            return self._own_step()
         if self._synchronized:
             warnings.warn(
                 "step() after synchronize() aggregates the gradients a second time; "
@@ -214,19 +273,67 @@ class _Aggregating(torch.optim.Optimizer):
             )
         self.synchronize()
         self._synchronized = False
-        return self._base.step(self)
+        return self._own_step()
+
+    def _own_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The step that the optimizer would take without us."""
+        step = self._replaced.get("step") or functools.partial(self._base.step, self)
+        self._may_step = True
+        try:
+            return step(closure) if closure else step()
+        finally:
+            self._may_step = False
+
+    def _synchronized_loss(self, closure: Callable[[], Any]) -> Any:
+        """Evaluate a closure, aggregate its gradients, and return the mean of the ranks' losses.
+
+        An optimizer that decides by the loss, as a line search does, must decide alike on all ranks.
+        """
+        with torch.enable_grad():
+            loss = closure()
+        if self._reducer is None:
+            return loss
+        tensor = torch.is_tensor(loss)
+        number = loss.numel() == 1 and loss.is_floating_point() if tensor else isinstance(loss, (int, float))
+        mean = self._reducer.synchronize(loss=float(loss.detach() if tensor else loss) if number else None)
+        self._synchronized = True
+        if mean is None or not number:
+            return loss
+        return torch.full_like(loss, mean, requires_grad=False) if tensor else mean
+
+    def _adacons_unscaling(self, scaler: Any) -> None:
+        """Aggregate the gradients that a loss scaler is about to unscale or to look at."""
+        reducer = self._reducer
+        if reducer is None or not self._should_synchronize:
+            return
+        given = reducer.settings.grad_scaler
+        if given is not None and given is not scaler:
+            raise ValueError(
+                "this optimizer's gradients are unscaled by another GradScaler than the grad_scaler= it was given"
+            )
+        if self._synchronized:
+            if given is None:
+                raise RuntimeError(
+                    "synchronize() has aggregated scaled gradients without knowing their scale. Give the "
+                    "DistributedOptimizer grad_scaler=, or leave synchronize() out: the scaler calls it in time."
+                )
+            return
+        reducer.synchronize(1.0 if given is not None else unscale(scaler, self.param_groups[0]["params"][0]))
+        self._aggregated_for_scaler = True
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         if self._reducer is not None and self._reducer.pending:
             raise AssertionError(
                 "zero_grad() was called after backward() and before step() or synchronize(), so "
                 "gradients that are already on their way to other ranks would be lost here only. "
-                "Call it before backward(), or after step()."
+                "Call it before backward(), or after step(). If these gradients come from the loss of another "
+                "model (a GAN's generator), freeze these parameters during that backward(): requires_grad_(False)."
             )
-        self._base.zero_grad(self, *args, **kwargs)
+        self._aggregated_for_scaler = False
+        self._own("zero_grad")(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
-        state = self._base.state_dict(self)
+        state: dict[str, Any] = self._own("state_dict")()
         if self._reducer is not None:
             state[STATE_KEY] = self._reducer.state.state_dict()
         return state
@@ -237,14 +344,32 @@ class _Aggregating(torch.optim.Optimizer):
         ours = state.pop(STATE_KEY, None)
         if ours is not None:
             unpack_memory(ours)  # refuses what is no such state, before anything has changed
-        self._base.load_state_dict(self, state)
+        self._own("load_state_dict")(state)
         self._synchronized = False
         self._should_synchronize = True
+        self._aggregated_for_scaler = False
         if self._reducer is not None:
             self._reducer.renew()
             if ours is not None:
                 self._reducer.state.load_state_dict(ours)
 
+    def _own(self, name: str) -> Callable[..., Any]:
+        """The optimizer's own method, or what was put in its place before it was distributed."""
+        return self._replaced.get(name) or functools.partial(getattr(self._base, name), self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a distributed optimizer cannot be copied or pickled, since it is bound to its parameters and to the other "
+            "ranks. Save its state_dict(), and load that into another optimizer that you have wrapped."
+        )
+
+
+#: The methods that call the optimizer's own of the same name.
+_CALLS_BASE = ("step", "zero_grad", "state_dict", "load_state_dict")
+
+# PyTorch wraps the step of every class once, for its hooks, and marks it so. The optimizer's own step is wrapped
+# already; ours must not be, or hooks would run twice.
+_Aggregating.step.hooked = True  # type: ignore[attr-defined]
 
 _METHODS = {
     name: value
@@ -255,6 +380,67 @@ _METHODS = {
     # this, and then know not to call the distributed step() while initialising its state.
     "__module__": hvd.DistributedOptimizer.__module__,
 }
+
+
+# --- a step along gradients that were never aggregated ---------------------------------------------
+#
+# PyTorch calls these before and after the own step of every optimizer, whichever way it was reached.
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse the own step of a distributed optimizer unless its gradients were aggregated."""
+    reducer: Reducer | None = vars(optimizer).get("_reducer")
+    if reducer is None:
+        parameters = _parameters(optimizer)
+        if "_reducer" not in vars(optimizer) and reducer_of(parameters) is not None:
+            _versions[optimizer] = _version(parameters)
+        return
+    distributed: Any = optimizer
+    if distributed._may_step or not distributed._should_synchronize:
+        return
+    if not reducer.pending and not any(p.grad is not None and p.grad.any() for p in _parameters(optimizer)):
+        return  # as Horovod does to give an optimizer a state
+    reducer.stray(
+        f"something called {distributed._base.__name__}.step() instead of the distributed optimizer's step(), "
+        "for example a step method that was kept from before the optimizer was wrapped"
+    )
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuse the step of another optimizer for parameters whose gradients were not aggregated.
+
+    After that step, not before: it may have been the step of an optimizer that calls the distributed one.
+    """
+    before = _versions.pop(optimizer, None)
+    if before is None or before == _version(_parameters(optimizer)):
+        return
+    reducer = reducer_of(_parameters(optimizer))
+    owner: Any = None if reducer is None else reducer.optimizer
+    if reducer is not None and getattr(owner, "_should_synchronize", True):
+        reducer.stray(
+            f"{type(optimizer).__name__}, an optimizer that is not distributed, was used for parameters of the "
+            "distributed one"
+        )
+
+
+# Of optimizers that are in the middle of a step: how often their parameters had been changed before it.
+_versions: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+
+
+def _version(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(parameter._version for parameter in parameters)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
+aggregate_before_unscaling()
+
+
+# --- Horovod's functions ----------------------------------------------------------------------------
 
 
 def _plain(optimizer: torch.optim.Optimizer, process_set: ProcessSet) -> torch.optim.Optimizer:
@@ -289,53 +475,7 @@ def _tell_plain(process_set: ProcessSet) -> None:
         agreement.confirm(collectives, description, name)
 
 
-def broadcast_optimizer_state(
-    optimizer: torch.optim.Optimizer, root_rank: int, model: torch.nn.Module | None = None
-) -> None:
-    """Horovod's function, which also makes the aggregator's state that of ``root_rank``.
-
-    On a process set without that rank it becomes that of the set's first.
-    """
-    with _parameters_stay(optimizer):
-        hvd.broadcast_optimizer_state(optimizer, root_rank, model)
-    process_set = getattr(optimizer, "process_set", global_process_set)
-    if not process_set.included():
-        return
-    # A rank without an aggregator takes part too. It must not be here that others wait for it, but
-    # in the first step, where it is found out.
-    reducer: Reducer | None = getattr(optimizer, "_reducer", None)
-    state = None if reducer is None else reducer.state_on_host()
-    root = root_rank if root_rank in process_set.ranks else process_set.ranks[0]
-    state = hvd.broadcast_object(state, root, name="adacons.state", process_set=process_set)
-    if reducer is not None and state is not None:
-        reducer.state.load_state_dict(state)
-        reducer.renew()
-
-
-@contextmanager
-def _parameters_stay(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Undo what happens to parameters in here.
-
-    Horovod gives an optimizer without a state one by a step along zero gradients. Where there is
-    weight decay that moves the parameters; and in an elastic job, those of newcomers alone.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [] if optimizer.state_dict()["state"] else [p.detach().clone() for p in parameters]
-    yield
-    if kept:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, kept)
-
-
 # --- arguments ----------------------------------------------------------------------------------
-
-
-def _check(aggregator: Aggregator, op: Any, passes: int, schedule: str | Network, predivide: float) -> None:
-    check_aggregator(aggregator, schedule)
-    check_op(op, hvd)
-    if passes <= 0:
-        raise ValueError(f"backward_passes_per_step must be positive, got {passes!r}")
-    check_predivide(predivide)
 
 
 def _names(
@@ -363,11 +503,31 @@ def _names(
     return names
 
 
-def _checked_groups(groups: Any) -> int | list[list[torch.Tensor]] | None:
-    if groups is None:
-        return None
-    if isinstance(groups, int):
-        if groups < 0:
-            raise ValueError(f"groups must not be negative, got {groups}")
-        return groups
-    return parameter_lists("groups", groups, torch.is_tensor)
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"DistributedOptimizer wraps a torch.optim.Optimizer, got {optimizer!r}")
+    if hasattr(optimizer, "skip_synchronize"):
+        raise ValueError("this optimizer is distributed already; its gradients would be aggregated twice")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if isinstance(inner, torch.optim.Optimizer):
+            raise TypeError(
+                f"{type(optimizer).__name__} only wraps another optimizer: wrap that one (its .optimizer) with "
+                "DistributedOptimizer first, and then the result"
+            )
+
+
+def _check_parameters(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    """Refuse parameters that cannot be aggregated, and arguments that name others than there are."""
+    parameters = _parameters(optimizer)
+    sharded = next((p for p in parameters if type(p).__name__ == "DTensor" or hasattr(p, "device_mesh")), None)
+    if sharded is not None:
+        raise TypeError(
+            f"a parameter of shape {tuple(sharded.shape)} is a DTensor, as fully_shard() and tensor parallelism make "
+            "them: every rank holds another part of it, so there are no gradients of the same thing to aggregate. Wrap "
+            "an optimizer of whole parameters."
+        )
+    known = set(map(id, parameters))
+    check_members("granularity", settings.granularity, known)
+    check_members("groups", settings.groups, known)
+    check_members("may_differ", [list(settings.may_differ)], known)

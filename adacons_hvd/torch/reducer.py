@@ -10,9 +10,11 @@ other in vain is settled at the start of every ``synchronize`` by one small sum 
 * whether on some rank a gradient changed after it had left (several backward passes, reentrant
   checkpointing) - then all send again;
 * whether some rank has left with ``hvd.join()`` - then only sums are available, and all use the
-  schedule that needs nothing else.
+  schedule that needs nothing else;
+* whether some rank is about to step along gradients that were never aggregated, or holds other
+  parameters than the rest - then all raise the same error (see :mod:`adacons_hvd.engine.replicas`).
 
-The last of these must be known before anything but a sum leaves during backward, because that
+Whether a rank has joined must be known before anything but a sum leaves during backward, because that
 would crash the rank which has left. So one more small sum, of who is here, starts with backward,
 and parcels that are full wait for its result. It takes no time from backward.
 
@@ -25,12 +27,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import horovod.torch as hvd
 import torch
@@ -42,12 +45,14 @@ from ..binding import ONLY_SUMS, State, choose_schedule, group_parameters, unsca
 from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
+from ..engine.replicas import CHECK_REPLICAS, ReplicaError, compare_replicas, is_due, stray_step
+from ..ops.torch import digest as digest_of
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from .numbering import generation, take_number
 from .parcels import Parcel, Slot, plan
 
-__all__ = ["Flags", "Reducer", "Settings", "exchange_flags"]
+__all__ = ["Flags", "Reducer", "Settings", "exchange_flags", "reducer_of"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Settings:
     bucket_bytes: int
     overlap: bool
     grad_scaler: Any
+    check_replicas: int = CHECK_REPLICAS
+    may_differ: frozenset[torch.Tensor] = frozenset()
 
 
 class Reducer:
@@ -84,6 +91,10 @@ class Reducer:
     _whole: list[Parcel]
     #: Whether to lay out anew though the parameters have not changed.
     _stale: bool
+    #: How many steps have been taken since all ranks laid out together, and so the same number on all.
+    _age: int
+    #: The digest of the parameters as they were in the step before, if replicas are to be compared.
+    _taken_digest: _Number | None
 
     def __init__(
         self,
@@ -104,6 +115,7 @@ class Reducer:
         self._hooks: dict[torch.Tensor, Any] = {}
         self._forget_layout()
         self._watch()
+        _reducers.add(self)
 
     def _start(self) -> None:
         """Get to know the workers there are."""
@@ -168,13 +180,13 @@ class Reducer:
     # --- before the optimizer's step ------------------------------------------------------------
 
     @torch.no_grad()
-    def synchronize(self, factor: torch.Tensor | float = 1.0) -> None:
-        """Replace every gradient by the aggregated one.
+    def synchronize(self, factor: torch.Tensor | float = 1.0, loss: float | None = None) -> float | None:
+        """Replace every gradient by the aggregated one; returns the mean of the losses that ranks give.
 
         ``factor`` is what gradients have to be multiplied by to be true gradients, beside what the
         loss scaler tells.
         """
-        self._settle()
+        mean_loss = self._settle(loss)
         for parcel in self._parcels:
             if not parcel.bucket.begun:
                 parcel.load()
@@ -195,8 +207,19 @@ class Reducer:
                 parcel.deliver()
                 parcel.expect(self.passes)
         self.pending = False
+        return mean_loss
 
-    def _settle(self) -> None:
+    @torch.no_grad()
+    def stray(self, how: str) -> NoReturn:
+        """Tell the other ranks of a step along gradients that were never aggregated, and raise the error on all."""
+        self._settle(stray=how)
+        raise AssertionError("_settle() raises an error for a stray step")
+
+    def trains(self, parameter: torch.Tensor) -> bool:
+        """Whether this reducer looks after the parameter."""
+        return parameter in self._hooks
+
+    def _settle(self, loss: float | None = None, stray: str = "") -> float | None:
         """Exchange flags, and do what they ask for until all ranks can take the same step."""
         self._keep_up()
         if self._number is None:
@@ -210,21 +233,69 @@ class Reducer:
             self._send(self._parcels)
         slots = list(self._slots.values()) if current else self._draft()
         digest = self._digest if current else agreement.digest(self._description(slots))
-        begun = any(parcel.bucket.begun for parcel in self._parcels)
-        changed = any(parcel.bucket.begun and parcel.outdated() for parcel in self._parcels)
-        mine = Flags(not current, self._joined, begun, changed, digest)
+        mine = Flags(
+            new_layout=not current,
+            apart=self._joined,
+            begun=any(parcel.bucket.begun for parcel in self._parcels),
+            changed=any(parcel.bucket.begun and parcel.outdated() for parcel in self._parcels),
+            stray=bool(stray),
+            digest=digest,
+            replicas=self._taken_digest.read() if current and self._taken_digest is not None else 0,
+            loss=loss,
+        )
         flags = exchange_flags(self._collectives, mine, self.name)
-        present = [worker for worker in flags if worker is not None]
-        if any(worker.digest != digest for worker in present):
+        present = {rank: worker for rank, worker in enumerate(flags) if worker is not None}
+        workers = present.values()
+        if any(worker.digest != digest for worker in workers):
             agreement.confirm(self._collectives, self._description(slots), self.name)
         joined = len(present) < len(flags)
-        new_layout = any(worker.new_layout or worker.apart != joined for worker in present)
-        if new_layout or any(worker.changed for worker in present):
-            if any(worker.begun for worker in present):
-                back = self._joined and any(worker.begun and not worker.apart for worker in present)
-                self._recall(self._whole if back else self._parcels)
-            if new_layout:
-                self._lay_out(self._draft() if current else slots, digest, joined)
+        new_layout = any(worker.new_layout or worker.apart != joined for worker in workers)
+        strays = [rank for rank, worker in present.items() if worker.stray]
+        # Those of a rank that lays out anew say nothing about this step.
+        differ = not new_layout and len({worker.replicas for worker in workers}) > 1
+        if (new_layout or strays or differ or any(w.changed for w in workers)) and any(w.begun for w in workers):
+            back = self._joined and any(worker.begun and not worker.apart for worker in workers)
+            self._recall(self._whole if back else self._parcels)
+        if strays:
+            hows = {0: stray} if joined else self._everyones(stray)
+            self.reset()
+            raise stray_step(strays, next(filter(None, hows.values()), "see the error of those ranks"))
+        if differ:
+            self._compare_replicas(list(present))
+        if new_layout:
+            self._lay_out(self._draft() if current else slots, digest, joined)
+        self._age = 0 if new_layout else self._age + 1
+        self._taken_digest = self._take_digest() if is_due(self._age, self.settings.check_replicas) else None
+        losses = [worker.loss for worker in workers if worker.loss is not None]
+        return sum(losses) / len(losses) if losses else None
+
+    def _everyones(self, text: str) -> dict[int, str]:
+        texts = self._collectives.allgather_bytes(text.encode(), f"{self.name}.how")
+        return {rank: data.decode() for rank, data in enumerate(texts)}
+
+    # --- comparing replicas ---------------------------------------------------------------------
+
+    def _compared(self) -> list[Slot]:
+        return [slot for slot in self._slots.values() if slot.parameter not in self.settings.may_differ]
+
+    def _take_digest(self) -> _Number:
+        """Start to compute a digest of the parameters. Other ranks are told it in the next step."""
+        return _Number(digest_of(slot.parameter for slot in self._compared()))
+
+    def _compare_replicas(self, present: Sequence[int]) -> None:
+        """Raise the error that names what differs, on all ranks."""
+        compared = self._compared()
+        table = torch.zeros((self._collectives.size, len(compared)), dtype=torch.int64)
+        for place, slot in enumerate(compared):
+            table[self._collectives.rank, place] = digest_of([slot.parameter])
+        # A sum, because that is all there is once a rank has joined.
+        table = self._collectives.allreduce(table, f"{self.name}.replicas", out=table).wait()
+        digests, step = {rank: table[rank].tolist() for rank in present}, self._steps() + 1
+        try:
+            compare_replicas(digests, [slot.name for slot in compared], step)
+        except ReplicaError:
+            self.reset()
+            raise
 
     @property
     def name(self) -> str:
@@ -253,10 +324,15 @@ class Reducer:
 
     # --- the layout -----------------------------------------------------------------------------
 
-    def _parameters(self) -> list[torch.Tensor]:
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer whose gradients these are."""
         optimizer = self._optimizer()
         assert optimizer is not None
-        return [p for group in optimizer.param_groups for p in group["params"]]
+        return optimizer
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _trainable(self) -> list[torch.Tensor]:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
@@ -281,6 +357,8 @@ class Reducer:
         self._asks = False
         self._presence = None
         self._unanimous = None
+        self._age = 0
+        self._taken_digest = None
 
     def _draft(self) -> list[Slot]:
         """Slots for the parameters as they are now."""
@@ -433,6 +511,8 @@ class Reducer:
             "bucket_bytes": settings.bucket_bytes,
             "overlap": settings.overlap,
             "grad_scaler": settings.grad_scaler is not None,
+            "check_replicas": settings.check_replicas,
+            "may_differ": [s.name for s in slots if s.parameter in settings.may_differ],
             "parameters": [
                 [s.name, str(s.parameter.dtype), str(tuple(s.parameter.shape)), f"group {s.group}"] for s in slots
             ],
@@ -459,9 +539,21 @@ class Reducer:
         self.pending = False
 
 
+# All there are, to find the one that looks after a parameter.
+_reducers: weakref.WeakSet[Reducer] = weakref.WeakSet()
+
+
+def reducer_of(parameters: Iterable[torch.Tensor]) -> Reducer | None:
+    """The reducer that looks after one of these parameters and has gradients that it did not aggregate, if any."""
+    waiting = [reducer for reducer in list(_reducers) if reducer.pending]
+    if not waiting:
+        return None
+    return next((reducer for p in parameters for reducer in waiting if reducer.trains(p)), None)
+
+
 @dataclass(frozen=True)
 class Flags:
-    """What a rank tells the others at the start of every step."""
+    """One rank's message to the others at the start of every step."""
 
     #: It has to lay out its parcels anew.
     new_layout: bool = False
@@ -471,8 +563,14 @@ class Flags:
     begun: bool = False
     #: It has to send again.
     changed: bool = False
+    #: It was about to step along gradients that were never aggregated.
+    stray: bool = False
     #: Stands for its settings and parameters.
     digest: int = 0
+    #: Stands for the values of its parameters, where those are compared; 0 where not.
+    replicas: int = 0
+    #: The loss that a closure returned, if there was one.
+    loss: float | None = None
 
 
 def exchange_flags(collectives: HorovodTorch, mine: Flags, name: str) -> list[Flags | None]:
@@ -481,14 +579,40 @@ def exchange_flags(collectives: HorovodTorch, mine: Flags, name: str) -> list[Fl
     A sum, because that is the one collective which goes on working after a ``join``; and on the
     host, so that an accelerator is never waited for.
     """
-    row = [1, mine.new_layout, mine.apart, mine.begun, mine.changed, mine.digest]
+    # A loss travels as its 64 bits: a sum with zeros leaves them as they are.
+    (loss,) = struct.unpack("<q", struct.pack("<d", 0.0 if mine.loss is None else mine.loss))
+    signs = (mine.new_layout, mine.apart, mine.begun, mine.changed, mine.stray, mine.loss is not None)
+    row = [1, *signs, mine.digest, mine.replicas, loss]
     table = torch.zeros((collectives.size, len(row)), dtype=torch.int64)
     table[collectives.rank] = torch.tensor(row)
     table = collectives.allreduce(table, f"{name}.flags", out=table).wait()
-    return [
-        Flags(bool(new_layout), bool(apart), bool(begun), bool(changed), digest) if here else None
-        for here, new_layout, apart, begun, changed, digest in table.tolist()
-    ]
+    return [_flags_from(row) for row in table.tolist()]
+
+
+def _flags_from(row: Sequence[int]) -> Flags | None:
+    here, new_layout, apart, begun, changed, stray, has_loss, digest, replicas, bits = row
+    if not here:
+        return None
+    loss = struct.unpack("<d", struct.pack("<q", bits))[0] if has_loss else None
+    return Flags(bool(new_layout), bool(apart), bool(begun), bool(changed), bool(stray), digest, replicas, loss)
+
+
+class _Number:
+    """A number computed on some device, on its way to the host while the device goes on working."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if value.is_cuda:
+            value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        self._value = value
+
+    def read(self) -> int:
+        """The number; waits for it if need be. Never 0."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._value) + 1
 
 
 def _calling(method: weakref.WeakMethod[Callable[[torch.Tensor], None]]) -> Any:

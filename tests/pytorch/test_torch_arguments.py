@@ -332,26 +332,47 @@ class TestRefusals:
                 "schedule must be one of auto, fast, two-pass, one-pass, gather, half, sketch, or a Network",
             ),
             ({"granularity": "tensor"}, 'granularity must be "model", "layer" or lists'),
-            ({"backward_passes_per_step": 0}, "backward_passes_per_step must be positive, got 0"),
-            ({"gradient_predivide_factor": 0.0}, "gradient_predivide_factor must be positive"),
+            ({"backward_passes_per_step": 0}, "backward_passes_per_step must be a positive whole number, got 0"),
+            ({"gradient_predivide_factor": 0.0}, "gradient_predivide_factor must be a positive number"),
             ({"groups": -1}, "groups must not be negative, got -1"),
             ({"groups": [[1]]}, "groups must hold parameters, found int"),
             ({"aggregator": "AdaCons"}, "aggregator must be an Aggregator such as AdaCons()"),
             ({"named_parameters": [("a", None)]}, "lacks 6 of the optimizer's 6 parameters"),
             ({"named_parameters": ["a"]}, "must be (name, parameter) pairs"),
+            ({"backward_passes_per_step": 1.5}, "backward_passes_per_step must be a positive whole number, got 1.5"),
+            ({"schedule": ["gather"]}, "schedule must be one of auto, fast,"),
+            ({"schedule": "gater", "aggregator": None}, "schedule must be one of auto, fast,"),
+            ({"granularity": None}, "granularity must be lists of parameters, got None"),
+            ({"granularity": 4}, "granularity must be lists of parameters, got 4"),
+            ({"granularity": "foreign"}, "granularity names 1 parameter that this optimizer does not train"),
+            ({"may_differ": "foreign"}, "may_differ names 1 parameter that this optimizer does not train"),
+            ({"groups": "foreign"}, "groups names 1 parameter that this optimizer does not train"),
+            ({"grad_scaler": True}, "grad_scaler must be the torch.amp.GradScaler in use, got True"),
+            ({"compression": True}, "compression must be a compressor such as Compression.fp16"),
+            ({"process_set": 3}, "process_set must be a ProcessSet"),
+            ({"bucket_bytes": 0}, "bucket_bytes must be a positive whole number, got 0"),
+            ({"check_replicas": -1}, "check_replicas must be a whole number of steps"),
+            ({"optimizer": "adam"}, "DistributedOptimizer wraps a torch.optim.Optimizer, got 'adam'"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
     def test_with_a_sentence(self, cluster, arguments, message):
         def case():
+            import torch
             from torch_job import network
 
             import adacons_hvd.torch as hvd
 
             hvd.init()
             op = arguments.get("op")
-            given = {**arguments, "op": getattr(hvd, op)} if op else arguments
+            given = {**arguments, "op": getattr(hvd, op)} if op else dict(arguments)
+            foreign = [torch.nn.Parameter(torch.zeros(2))]
+            for name in ("granularity", "groups", "may_differ"):
+                if given.get(name) == "foreign":
+                    given[name] = foreign if name == "may_differ" else [foreign]
             try:
+                if "optimizer" in given:
+                    hvd.DistributedOptimizer(given["optimizer"], aggregator=hvd.AdaCons())
                 wrapped(network(), **given)
             except (ValueError, TypeError) as error:
                 return str(error)

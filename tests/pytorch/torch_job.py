@@ -45,12 +45,14 @@ def compare(
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
     ranks: Sequence[int] | None = None,
     after: Callable[[int], None] | None = None,
+    by_step: bool = False,
 ) -> None:
     """Train, hold every aggregated gradient against the oracle, and compare parameters.
 
     ``backward(step)`` computes gradients. The oracle is given what they are just before
     ``synchronize()``, through ``transform``; ``groups`` as in :class:`oracle.Grouped`. ``ranks``
-    says which ranks work together, if not all.
+    says which ranks work together, if not all. With ``by_step``, ``step()`` does it all, as in most
+    scripts, and what is held against the oracle is how far it moved parameters (plain SGD).
     """
     raw, found = [], []
     for step in range(steps):
@@ -58,10 +60,16 @@ def compare(
         backward(step)
         mine = [array(p.grad, p) for p in parameters]
         raw.append([transform(x) for x in mine] if transform is not None else mine)
-        optimizer.synchronize()
-        found.append([array(p.grad, p) for p in parameters])
-        with optimizer.skip_synchronize():
+        if by_step:
+            before = [array(p, p) for p in parameters]
             optimizer.step()
+            rate = optimizer.param_groups[0]["lr"]
+            found.append([(old - array(p, p)) / rate for old, p in zip(before, parameters, strict=True)])
+        else:
+            optimizer.synchronize()
+            found.append([array(p.grad, p) for p in parameters])
+            with optimizer.skip_synchronize():
+                optimizer.step()
         if after is not None:
             after(step)
     everyone = harness.gather(raw)

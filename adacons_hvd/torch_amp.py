@@ -1,0 +1,33 @@
+"""``torch.amp.GradScaler`` meets gradients only once they are aggregated.
+
+A scaler divides gradients by the loss scale and looks for infinity among them, in ``unscale_()`` or in ``step()``. Done
+to the gradients of one worker, the aggregator would be given gradients of unknown length, and a rank with an infinity
+would leave the step out alone. So an optimizer that has a method ``_adacons_unscaling`` is told just before, in the
+one function through which a scaler touches gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+__all__ = ["aggregate_before_unscaling"]
+
+
+@functools.cache
+def aggregate_before_unscaling() -> None:
+    """Have every ``GradScaler`` tell optimizers that have ``_adacons_unscaling`` before it touches their gradients."""
+    # torch.amp has the class since PyTorch 2.3; before, it was CUDA's alone.
+    cls: Any = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler
+    original = cls._unscale_grads_
+
+    @functools.wraps(original)
+    def unscale_grads(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        tell = getattr(optimizer, "_adacons_unscaling", None)
+        if tell is not None:
+            tell(self)
+        return original(self, optimizer, *args, **kwargs)
+
+    cls._unscale_grads_ = unscale_grads
