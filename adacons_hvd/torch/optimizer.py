@@ -21,6 +21,7 @@ from ..aggregators import Aggregator, unpack_memory
 from ..binding import BUCKET_BYTES, STATE_KEY, unscale
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
+from ..engine.protocol import Message, Verdict, decide
 from ..engine.replicas import CHECK_REPLICAS
 from ..engine.settings import (
     check_aggregator,
@@ -38,7 +39,7 @@ from ..engine.settings import (
 from ..report import Report
 from ..torch_amp import aggregate_before_unscaling
 from .numbering import generation, take_number
-from .reducer import Flags, Reducer, Settings, exchange_flags, reducer_of
+from .reducer import Reducer, Settings, exchange, reducer_of
 
 __all__ = ["DistributedOptimizer"]
 
@@ -469,9 +470,8 @@ def _tell_plain(process_set: ProcessSet) -> None:
     collectives = HorovodTorch(process_set)
     name = f"adacons.{take_number(process_set)}"
     description = {"adacons_hvd": __version__, "aggregator": "None (Horovod's own reduction)"}
-    mine = Flags(digest=agreement.digest(description))
-    others = [flags for flags in exchange_flags(collectives, mine, name) if flags is not None]
-    if any(flags.digest != mine.digest for flags in others):
+    mine = Message(digest=agreement.digest(description))
+    if decide(mine, exchange(collectives, mine, name)).verdict is Verdict.DISAGREE:
         agreement.confirm(collectives, description, name)
 
 

@@ -2,7 +2,7 @@
 
 The reducer watches an optimizer's parameters. Backward fills parcels; each starts on its way as
 soon as it is full; :meth:`Reducer.synchronize` does the rest. What could make ranks wait for each
-other in vain is settled at the start of every ``synchronize`` by one small sum (:class:`Flags`):
+other in vain is settled at the start of every ``synchronize`` by one small sum (:class:`Message`):
 
 * whether some rank's settings or parameters differ - then all raise the same error;
 * whether some rank has to lay out its parcels anew (the first step; parameters frozen, unfrozen
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,6 +44,7 @@ from ..binding import ONLY_SUMS, State, choose_schedule, group_parameters, unsca
 from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
+from ..engine.protocol import Message, Recall, Verdict, decide
 from ..engine.replicas import CHECK_REPLICAS, ReplicaError, compare_replicas, is_due, stray_step
 from ..ops.torch import digest as digest_of
 from ..report import Report
@@ -52,7 +52,7 @@ from ..schedules import SCHEDULES, Step
 from .numbering import generation, take_number
 from .parcels import Parcel, Slot, plan
 
-__all__ = ["Flags", "Reducer", "Settings", "exchange_flags", "reducer_of"]
+__all__ = ["Reducer", "Settings", "exchange", "reducer_of"]
 
 
 @dataclass(frozen=True)
@@ -233,9 +233,9 @@ class Reducer:
             self._send(self._parcels)
         slots = list(self._slots.values()) if current else self._draft()
         digest = self._digest if current else agreement.digest(self._description(slots))
-        mine = Flags(
+        mine = Message(
             new_layout=not current,
-            apart=self._joined,
+            joined_layout=self._joined,
             begun=any(parcel.bucket.begun for parcel in self._parcels),
             changed=any(parcel.bucket.begun and parcel.outdated() for parcel in self._parcels),
             stray=bool(stray),
@@ -243,35 +243,27 @@ class Reducer:
             replicas=self._taken_digest.read() if current and self._taken_digest is not None else 0,
             loss=loss,
         )
-        flags = exchange_flags(self._collectives, mine, self.name)
-        present = {rank: worker for rank, worker in enumerate(flags) if worker is not None}
-        workers = present.values()
-        if any(worker.digest != digest for worker in workers):
+        ruling = decide(mine, exchange(self._collectives, mine, self.name))
+        if ruling.verdict is Verdict.DISAGREE:
             agreement.confirm(self._collectives, self._description(slots), self.name)
-        joined = len(present) < len(flags)
-        new_layout = any(worker.new_layout or worker.apart != joined for worker in workers)
-        strays = [rank for rank, worker in present.items() if worker.stray]
-        # Those of a rank that lays out anew say nothing about this step.
-        differ = not new_layout and len({worker.replicas for worker in workers}) > 1
-        if (new_layout or strays or differ or any(w.changed for w in workers)) and any(w.begun for w in workers):
-            back = self._joined and any(worker.begun and not worker.apart for worker in workers)
-            self._recall(self._whole if back else self._parcels)
-        if strays:
-            hows = {0: stray} if joined else self._everyones(stray)
+        if ruling.recall is not Recall.NOTHING:
+            self._recall(self._whole if ruling.recall is Recall.FOR_ALL else self._parcels)
+        if ruling.verdict is Verdict.STRAY:
+            joined = len(ruling.present) < self._collectives.size
+            hows = [stray] if joined else self._everyones(stray)
             self.reset()
-            raise stray_step(strays, next(filter(None, hows.values()), "see the error of those ranks"))
-        if differ:
-            self._compare_replicas(list(present))
+            raise stray_step(ruling.strays, next(filter(None, hows), "see the error of those ranks"))
+        if ruling.verdict is Verdict.COMPARE:
+            self._compare_replicas(ruling.present)
+        new_layout = ruling.verdict in (Verdict.RELAYOUT, Verdict.ONLY_SUMS)
         if new_layout:
-            self._lay_out(self._draft() if current else slots, digest, joined)
+            self._lay_out(self._draft() if current else slots, digest, ruling.verdict is Verdict.ONLY_SUMS)
         self._age = 0 if new_layout else self._age + 1
         self._taken_digest = self._take_digest() if is_due(self._age, self.settings.check_replicas) else None
-        losses = [worker.loss for worker in workers if worker.loss is not None]
-        return sum(losses) / len(losses) if losses else None
+        return ruling.loss
 
-    def _everyones(self, text: str) -> dict[int, str]:
-        texts = self._collectives.allgather_bytes(text.encode(), f"{self.name}.how")
-        return {rank: data.decode() for rank, data in enumerate(texts)}
+    def _everyones(self, text: str) -> list[str]:
+        return [data.decode() for data in self._collectives.allgather_bytes(text.encode(), f"{self.name}.how")]
 
     # --- comparing replicas ---------------------------------------------------------------------
 
@@ -551,50 +543,17 @@ def reducer_of(parameters: Iterable[torch.Tensor]) -> Reducer | None:
     return next((reducer for p in parameters for reducer in waiting if reducer.trains(p)), None)
 
 
-@dataclass(frozen=True)
-class Flags:
-    """One rank's message to the others at the start of every step."""
-
-    #: It has to lay out its parcels anew.
-    new_layout: bool = False
-    #: Its layout is that for when some have left.
-    apart: bool = False
-    #: It has begun to send.
-    begun: bool = False
-    #: It has to send again.
-    changed: bool = False
-    #: It was about to step along gradients that were never aggregated.
-    stray: bool = False
-    #: Stands for its settings and parameters.
-    digest: int = 0
-    #: Stands for the values of its parameters, where those are compared; 0 where not.
-    replicas: int = 0
-    #: The loss that a closure returned, if there was one.
-    loss: float | None = None
-
-
-def exchange_flags(collectives: HorovodTorch, mine: Flags, name: str) -> list[Flags | None]:
-    """Everyone's flags by rank; None for a rank that has left with ``hvd.join()``.
+def exchange(collectives: HorovodTorch, mine: Message, name: str) -> list[Message | None]:
+    """Everyone's message by rank; None for a rank that has left with ``hvd.join()``.
 
     A sum, because that is the one collective which goes on working after a ``join``; and on the
     host, so that an accelerator is never waited for.
     """
-    # A loss travels as its 64 bits: a sum with zeros leaves them as they are.
-    (loss,) = struct.unpack("<q", struct.pack("<d", 0.0 if mine.loss is None else mine.loss))
-    signs = (mine.new_layout, mine.apart, mine.begun, mine.changed, mine.stray, mine.loss is not None)
-    row = [1, *signs, mine.digest, mine.replicas, loss]
+    row = mine.row()
     table = torch.zeros((collectives.size, len(row)), dtype=torch.int64)
     table[collectives.rank] = torch.tensor(row)
     table = collectives.allreduce(table, f"{name}.flags", out=table).wait()
-    return [_flags_from(row) for row in table.tolist()]
-
-
-def _flags_from(row: Sequence[int]) -> Flags | None:
-    here, new_layout, apart, begun, changed, stray, has_loss, digest, replicas, bits = row
-    if not here:
-        return None
-    loss = struct.unpack("<d", struct.pack("<q", bits))[0] if has_loss else None
-    return Flags(bool(new_layout), bool(apart), bool(begun), bool(changed), bool(stray), digest, replicas, loss)
+    return [Message.from_row(row) for row in table.tolist()]
 
 
 class _Number:

@@ -1,0 +1,15 @@
+"""The examples in the engine's docstrings are true."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("module", ["engine.protocol", "engine.replicas", "engine.settings", "agreement"])
+def test_examples(module):
+    found = doctest.testmod(importlib.import_module(f"adacons_hvd.{module}"), optionflags=doctest.ELLIPSIS)
+    assert found.attempted
+    assert not found.failed
