@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import Oracle, error
 
 from adacons_hvd import AdaCons, Aggregator, Mean, Statistics
-from adacons_hvd.aggregators import CANCELLATION, resample
+from adacons_hvd.aggregators.adacons import CANCELLATION, resample
 
 ABLATION = {
     "basic": {"momentum": 0.0, "normalize": False},

@@ -1,0 +1,24 @@
+"""The plain average."""
+
+from __future__ import annotations
+
+from ..ops import Tensor, ops_for
+from .base import NONFINITE_POLICIES, Aggregator, Statistics, count_present, one_of
+
+__all__ = ["Mean"]
+
+
+class Mean(Aggregator):
+    """The plain average: what Horovod computes, through the same machinery as the others.
+
+    >>> import torch
+    >>> Mean()(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([2., 3.])
+    """
+
+    def __init__(self, nonfinite: str = "propagate") -> None:
+        self.nonfinite = one_of("nonfinite", nonfinite, NONFINITE_POLICIES)
+
+    def weights(self, statistics: Statistics) -> Tensor:
+        ops = ops_for(statistics.squares)
+        return ops.wide(statistics.present) / count_present(statistics.present)
