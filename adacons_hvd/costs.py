@@ -10,11 +10,11 @@ predict with what was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from .schedules import SCHEDULES, Sketch
+from .schedules import SCHEDULES
 
 __all__ = ["Choice", "Curve", "Network", "Rates", "choose", "predict"]
 
@@ -64,6 +64,18 @@ class Curve:
         x, y = known[-1]
         return y * size / x
 
+    def sent(self, size: float, bucket: float, factor: float = 1.0) -> float:
+        """Seconds for ``size`` bytes of gradient in buckets of ``bucket`` bytes, of which ``factor`` times as many
+        bytes are sent.
+
+        >>> Curve(((100, 1.0), (1000, 2.0))).sent(2500, 1000)
+        5.44...
+        """
+        if size <= bucket:
+            return self(size * factor)
+        whole, rest = divmod(size, bucket)
+        return whole * self(bucket * factor) + (self(rest * factor) if rest else 0.0)
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -84,6 +96,11 @@ class Rates:
     own: float
     #: Where the figures are from.
     source: str
+
+    @property
+    def table(self) -> float:
+        """Seconds that the small sum of statistics takes."""
+        return self.allreduce(16.0 * self.workers)
 
     @classmethod
     def of(cls, network: Network, workers: int, per_host: int) -> Rates:
@@ -136,28 +153,7 @@ def predict(schedule: str, rates: Rates, size: float, bucket: float = float("inf
     True
     """
 
-    def sent(curve: Callable[[float], float], factor: float) -> float:
-        if size <= bucket:
-            return curve(size * factor)
-        whole, rest = divmod(size, bucket)
-        return whole * curve(bucket * factor) + (curve(rest * factor) if rest else 0.0)
-
-    n = rates.workers
-    table = rates.allreduce(16.0 * n)
-    second = sent(rates.allreduce, 1) + table + rates.own * size
-    if schedule == "two-pass":
-        return sent(rates.allreduce, 1) + second
-    if schedule == "half":
-        return sent(rates.half, 0.5) + second + rates.own / 2 * size
-    if schedule == "sketch":
-        part = max(1 / Sketch.FRACTION, min(1.0, 4.0 * Sketch.PER_WORKER * n / max(size, 1.0)))
-        return sent(rates.allreduce, part) + second + rates.own / 2 * size
-    if schedule == "one-pass":
-        arithmetic = (rates.look + rates.combine) * size
-        return sent(rates.alltoall, 1) + table + sent(rates.allgather, 1) + arithmetic
-    if schedule == "gather":
-        return sent(rates.allreduce, n) + (rates.look + rates.combine) * n * size
-    raise ValueError(f"there is no cost formula for schedule {schedule!r}")
+    return SCHEDULES[schedule].cost(rates, size, bucket)
 
 
 def choose(

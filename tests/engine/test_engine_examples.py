@@ -8,7 +8,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["engine.protocol", "engine.replicas", "engine.settings", "agreement"])
+@pytest.mark.parametrize("module", ["engine.protocol", "engine.replicas", "engine.settings", "agreement", "costs"])
 def test_examples(module):
     found = doctest.testmod(importlib.import_module(f"adacons_hvd.{module}"), optionflags=doctest.ELLIPSIS)
     assert found.attempted

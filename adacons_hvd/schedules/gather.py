@@ -1,0 +1,61 @@
+"""``gather``: everything to everyone, in a single round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..collectives import Pending
+from ..ops import Tensor, ops_for
+from .base import DenseBucket, Done, Schedule, Share, Transfer
+
+if TYPE_CHECKING:
+    from ..costs import Rates
+
+__all__ = ["Gather"]
+
+
+class Gather(Schedule):
+    """Everything to everyone: a single round trip, for gradients of a few thousand elements.
+
+    A sum, of matrices in which each worker has filled its own row: it moves more bytes than an
+    allgather, of which there are few, but may be on its way before it is known whether a worker
+    has left, when Horovod can do nothing else. So bindings let it travel with what they tell each
+    other before a step.
+
+    It does not overlap with backward. A bucket that changed after it had begun could not be taken
+    back without a second round trip, and saving that one is all this schedule is for.
+    """
+
+    name = "gather"
+    complete = True
+    overlaps = False
+
+    def transfer(self, bucket: DenseBucket) -> Transfer:
+        return _GatherTransfer(self)
+
+    @classmethod
+    def cost(cls, rates: Rates, size: float, bucket: float) -> float:
+        n = rates.workers
+        return rates.allreduce.sent(size, bucket, n) + (rates.look + rates.combine) * n * size
+
+
+class _GatherTransfer(Transfer):
+    def begin(self, bucket: DenseBucket) -> Pending:
+        workers = self.collectives.size
+        scratch = self.scratch(bucket, "rows", bucket.length * workers)
+        rows = ops_for(bucket.buffer).placed(bucket.buffer, self.collectives.rank, workers, out=scratch)
+        return self.collectives.allreduce(rows, f"{bucket.name}.rows", out=rows)
+
+    def shares(self, bucket: DenseBucket, gramian: bool) -> Iterator[Share]:
+        ops = ops_for(self.arrived)
+        rows = ops.reshape(self.arrived, (self.collectives.size, -1))
+        for start, stop, group in bucket.segments:
+            part = rows[:, start:stop]
+            yield Share(group, ops.gramian(part) if gramian else ops.consensus(part))
+
+    def combine(self, bucket: DenseBucket, weights: Tensor) -> Pending:
+        ops = ops_for(self.arrived)
+        rows = ops.reshape(self.arrived, (self.collectives.size, -1))
+        pieces = [(start, stop, weights[group]) for start, stop, group in bucket.segments]
+        return Done(ops.combine_segments(rows, pieces, out=bucket.buffer))

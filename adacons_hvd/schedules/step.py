@@ -1,0 +1,128 @@
+"""The step: what happens between backward and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..aggregators import Aggregator, Decision, Memory, Statistics
+from ..collectives import Collectives
+from ..ops import Tensor, ops_for
+from .base import Bucket, Share
+
+__all__ = ["Step"]
+
+
+@dataclass
+class Step:
+    """What happens between backward and the optimizer, for one optimizer, every step.
+
+    Args:
+        collectives: the workers.
+        aggregator: what turns statistics into weights.
+        groups: how many groups of parameters there are.
+        name: a prefix for the names of collectives, equal on all ranks.
+    """
+
+    collectives: Collectives
+    aggregator: Aggregator
+    groups: int
+    name: str
+
+    @property
+    def may_begin_early(self) -> bool:
+        """Whether a bucket may begin before the others are filled.
+
+        To exclude a worker whose gradient is not finite, its whole gradient must be known first.
+        """
+        return self.aggregator.nonfinite != "exclude"
+
+    def run(
+        self,
+        buckets: Sequence[Bucket],
+        memory: Memory,
+        unscale: Tensor | float = 1.0,
+        here: bool | None = None,
+    ) -> tuple[Decision, Statistics]:
+        """Aggregate. Afterwards every bucket holds its part of the result.
+
+        ``unscale`` is what the gradients have to be multiplied by to be true gradients, where a
+        loss scale is in force; the result is scaled just as they are. ``here`` is given where
+        workers may run out of data at different times, on all of them alike: False on one that has
+        none left and brings zeros, to keep the others company.
+        """
+        takes_part = self._take_part(buckets, here)
+        for bucket in buckets:
+            if not bucket.begun:
+                bucket.memory, bucket.unscale = memory, unscale
+                bucket.begin()
+        statistics = self._statistics(buckets, takes_part).scaled(unscale)
+        if self.aggregator.nonfinite == "raise":
+            self._refuse_nonfinite(statistics)
+        decision = self.aggregator.decide(statistics, memory)
+        for bucket in buckets:
+            bucket.combine(decision.weights)
+        for bucket in buckets:
+            bucket.finish()
+            bucket.memory, bucket.unscale = decision.memory, unscale
+        return decision, statistics
+
+    def _take_part(self, buckets: Sequence[Bucket], here: bool | None) -> Tensor | None:
+        """Whether this worker does; None if all workers surely do."""
+        if here is not None and (not here or self.may_begin_early):
+            reference = buckets[0].reference
+            return ops_for(reference).like([here], reference)[0] == 1
+        if self.may_begin_early:
+            return None
+        squares = [bucket.square() for bucket in buckets]
+        ops = ops_for(squares[0])
+        finite = ops.isfinite(ops.add_n(squares))
+        for bucket in buckets:
+            bucket.blank_unless(finite)
+        return finite
+
+    def _statistics(self, buckets: Sequence[Bucket], takes_part: Tensor | None) -> Statistics:
+        gramian = self.aggregator.needs_gramian
+        workers = self.collectives.size
+        width = workers if gramian else 2
+        reference = buckets[0].reference
+        ops = ops_for(reference)
+        shares = [(share, bucket) for bucket in buckets for share in bucket.shares(gramian)]
+
+        if takes_part is None and all(bucket.complete for bucket in buckets):
+            table = self._by_group([share for share, _ in shares], (workers, width), reference)
+            return Statistics.read(table, ops.zeros((self.groups, workers), table) == 0, gramian)
+
+        # What every worker knows in full must be counted once: each gives its own row of it.
+        rank = self.collectives.rank
+        known = [Share(s.group, s.table[rank]) if b.complete else s for s, b in shares]
+        rows = [share for share in known if len(ops.shape(share.table)) == 1]
+        parts = [share for share in known if len(ops.shape(share.table)) == 2]
+        is_self = ops.like([float(worker == rank) for worker in range(workers)], reference) == 1
+        row = self._by_group(rows, (1, width), reference)
+        table = ops.where(is_self[:, None], row, ops.zeros_like(row))
+        if parts:
+            table = table + self._by_group(parts, (workers, width), reference)
+        here = ops.zeros((1,), reference) + (1 if takes_part is None else ops.wide(takes_part))
+        here = ops.where(is_self, here, ops.zeros_like(here))
+
+        # A worker that has left with hvd.join() adds zeros to this sum, so it is seen as absent.
+        message = ops.concat([ops.reshape(table, (-1,)), here])
+        message = self.collectives.allreduce(message, f"{self.name}.table", out=message).wait()
+        table = ops.reshape(message[:-workers], (self.groups, workers, width))
+        present = ops.zeros((self.groups, workers), table) + message[-workers:] > 0
+        return Statistics.read(table, present, gramian)
+
+    def _by_group(self, shares: Sequence[Share], shape: tuple[int, int], like: Tensor) -> Tensor:
+        """Add up shares: ``[groups, *shape]``."""
+        ops = ops_for(like)
+        tables: list[list[Tensor]] = [[] for _ in range(self.groups)]
+        for group, table in shares:
+            tables[group].append(ops.reshape(table, shape))
+        return ops.stack([ops.add_n(some) if some else ops.zeros(shape, like) for some in tables])
+
+    def _refuse_nonfinite(self, statistics: Statistics) -> None:
+        ops = ops_for(statistics.squares)
+        finite = ops.to_list(ops.isfinite(statistics.squares))
+        ranks = range(self.collectives.size)
+        self.aggregator.refuse([r for r in ranks if not all(group[r] for group in finite)])
