@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -39,7 +40,16 @@ def floating(x: torch.Tensor) -> torch.Tensor:
 
 
 def like(values: Iterable[float], reference: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.float64, device=reference.device)
+    """Constants, where ``reference`` is. They must not be changed in place."""
+    if reference.device.type == "cpu":
+        return torch.tensor(list(values), dtype=torch.float64)
+    return _constant(tuple(values), reference.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Numbers brought to an accelerator, and kept: the host waits for the copy, and every step needs the same ones."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def beside(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -332,9 +342,20 @@ def sparse_consensus(owners: torch.Tensor, rows: torch.Tensor, values: torch.Ten
     values = _working(values)
     _, position = torch.unique(rows, return_inverse=True)
     count = int(position.max()) + 1 if len(position) else 0
-    summed = values.new_zeros((count, values.shape[1])).index_add_(0, position, values)
+    summed = _added(values.new_zeros((count, values.shape[1])), position, values)
     moments_ = torch.stack([(values * summed[position]).sum(1), (values * values).sum(1)], dim=1).double()
-    return zeros((workers, 2), values).index_add_(0, owners, moments_)
+    return _added(zeros((workers, 2), values), owners, moments_)
+
+
+def _added(matrix: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``matrix`` with ``values`` added to its ``rows``, in an order that is the same on all ranks.
+
+    ``index_add_`` has one on a CPU; on a GPU threads add in the order in which they come. This is for tables that every
+    rank computes for itself, and a last bit that differs would let parameters drift apart.
+    """
+    if matrix.device.type == "cpu":
+        return matrix.index_add_(0, rows, values)
+    return matrix.index_put_((rows,), values, accumulate=True)  # sorts by row first
 
 
 def sparse_gramian(owners: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, workers: int) -> torch.Tensor:
