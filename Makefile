@@ -64,6 +64,10 @@ soak: setup ## the long tests: endurance, an hour of random jobs, every number o
 docker-test: ## build the Docker image, run the MPI tests in it and across a two-node cluster
 	@docker/test.sh
 
+.PHONY: gpu-test
+gpu-test: ## what needs a GPU: tests and benchmarks with PYTHON's PyTorch; GPU_WHEELS=dir where there is no registry
+	@tests/gpu/run.sh
+
 .PHONY: clean
 clean: ## remove .venv and what tools left; the wheel cache outside the checkout stays
 	@rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
