@@ -66,35 +66,52 @@ fi
 [ ${#horovods[@]} -gt 0 ] || horovods=(installed)
 has pytest || die "There is no pytest: add its wheel, iniconfig's and pluggy's to GPU_WHEELS."
 
-# --- tests, side by side ------------------------------------------------------------------------------------------------
-started=$SECONDS
-declare -A running
-tests() { # NAME PYTHONPATH FILES...
-    local name=$1 path=$2
-    shift 2
-    PYTHONPATH=$path${path:+:}$PYTHONPATH timeout --kill-after 10 "${GPU_TEST_LIMIT:-240}" "$python" -m pytest -v --tb=short -rfEsX \
-        --color=no -p no:cacheprovider -m "" "$@" >"$out/$name.log" 2>&1 &
-    running[$name]=$!
-}
-tests arithmetic "" tests/gpu/test_gpu_arithmetic.py tests/gpu/test_waiting.py
-tests ddp "" tests/gpu/test_gpu_ddp.py
-for kind in "${horovods[@]}"; do tests "horovod-$kind" "$PWD/out/gpu/$kind" tests/gpu/test_gpu_horovod.py; done
+# --- tests and benchmarks -----------------------------------------------------------------------------------------------
 failed=()
-for name in "${!running[@]}"; do
-    wait "${running[$name]}" || failed+=("$name")
-done
-echo "tests: $((SECONDS - started)) s"
+stages=()
+tests() { # NAME FOLDER ARGUMENTS...: Horovod is the one in that folder
+    local name=$1 folder=$2
+    shift 2
+    PYTHONPATH=$PWD/out/gpu/$folder:$PYTHONPATH timeout --kill-after 10 "${GPU_TEST_LIMIT:-120}" "$python" -m pytest \
+        -v --tb=short -rfEsX --color=no -p no:cacheprovider "$@" >"$out/$name.log" 2>&1
+}
+finished() { # NAME STATUS
+    stages+=("$1")
+    [ "$2" = 0 ] || failed+=("$1")
+    echo "$1: $(grep -c ' PASSED' "$out/$1.log") passed, after $SECONDS s"
+}
+alone() { tests "$@"; finished "$1" $?; }
 
-# --- benchmarks, alone --------------------------------------------------------------------------------------------------
-started=$SECONDS
+# What does not go through NCCL, side by side.
+declare -A running
+tests arithmetic installed tests/gpu/test_gpu_arithmetic.py tests/gpu/test_waiting.py & running[arithmetic]=$!
+tests ddp-gloo installed -k 'not nccl' tests/gpu/test_gpu_ddp.py & running[ddp-gloo]=$!
+for kind in "${horovods[@]}"; do
+    [ "$kind" = staged ] || continue
+    tests horovod-staged staged tests/gpu/test_gpu_horovod.py & running[horovod-staged]=$!
+done
+for name in "${!running[@]}"; do
+    wait "${running[$name]}"
+    finished "$name" $?
+done
+
+# Alone, because they are timed.
+staged=()
+[ -d out/gpu/staged ] && [ -n "${running[horovod-staged]:-}" ] && staged=(--staged "$PWD/out/gpu/staged")
 # shellcheck disable=SC2086 # several arguments
-PYTHONPATH=$PWD/out/gpu/${horovods[0]}:$PYTHONPATH timeout --kill-after 10 "${GPU_BENCH_LIMIT:-200}" \
-    "$python" -m benchmarks.gpu --device "$device" --out "$out/results.json" ${GPU_BENCH_ARGS:-} >"$out/benchmarks.log" 2>&1 ||
-    failed+=(benchmarks)
-echo "benchmarks: $((SECONDS - started)) s"
+PYTHONPATH=$PWD/out/gpu/${horovods[0]}:$PYTHONPATH timeout --kill-after 10 "${GPU_BENCH_LIMIT:-150}" \
+    "$python" -m benchmarks.gpu --device "$device" "${staged[@]}" --out "$out/results.json" ${GPU_BENCH_ARGS:-} \
+    >"$out/benchmarks.log" 2>&1 || failed+=(benchmarks)
+echo "benchmarks: after $SECONDS s"
+
+# One after the other, because NCCL's kernels keep the GPU busy while they wait for another rank.
+[ "$device" = cpu ] || alone ddp-nccl installed -k nccl tests/gpu/test_gpu_ddp.py
+for kind in "${horovods[@]}"; do
+    [ "$kind" = staged ] || alone "horovod-$kind" "$kind" tests/gpu/test_gpu_horovod.py
+done
 
 # --- the report -----------------------------------------------------------------------------------------------------------
-for name in "${!running[@]}"; do
+for name in "${stages[@]}"; do
     printf '\n== %s\n' "$name"
     grep -E '^(FAILED|ERROR|SKIPPED|XPASS|E  )|^[=]+ .*(passed|failed|error|skipped|no tests)' "$out/$name.log" | cut -c1-300 | head -n 40
     grep -qE '(passed|failed|error|skipped)' "$out/$name.log" || tail -n 15 "$out/$name.log"

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from gpu_job import DEVICE, why_not
 
+if why_not():
+    pytest.skip(why_not(), allow_module_level=True)
+
 pytestmark = [
-    pytest.mark.skipif(bool(why_not()), reason=why_not()),
     pytest.mark.ranks(2, 4, launcher="gloo", pool="gpu"),
     pytest.mark.time_limit(90),
 ]
