@@ -287,18 +287,20 @@ def compare(case: Result, ranks: Ranks, name: str, group: Any) -> Result:
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def jobs(device: str, quick: bool) -> list[tuple[int, Result]]:
+def jobs(device: str, quick: bool, staged: bool) -> list[tuple[int, Result]]:
     """Numbers of ranks, and what they do."""
     every = {"device": device, "models": ["0.2M"] if quick else [*SHAPES], "turns": 5 if quick else 30, "seconds": 4}
-    return [
+    found = [
         (1, {"binding": "ddp", "backend": "nccl" if device == "cuda" else "gloo", **every}),
         (2, {"binding": "ddp", "backend": "gloo", **every}),
         (1, {"binding": "horovod", **every}),
-        (2, {"binding": "horovod", **every}),
     ]
+    if staged or device == "cpu":
+        found.append((2, {"binding": "horovod", **every}))
+    return found
 
 
-def run(size: int, case: Result, timeout: float) -> Result:
+def run(size: int, case: Result, staged: Path | None, timeout: float) -> Result:
     """What rank 0 of a job measured, or why it did not."""
     with tempfile.TemporaryDirectory(prefix="adacons-gpu-") as folder:
         results = Path(folder) / "results.json"
@@ -307,7 +309,8 @@ def run(size: int, case: Result, timeout: float) -> Result:
             "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--no-python"],
             "horovod": ["-m", "horovod.runner.launch", "--gloo", "-np", str(size)],
         }[case["binding"]]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        first = [str(staged)] if staged and size > 1 else []
+        path = os.pathsep.join([*first, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
         with suppress(subprocess.TimeoutExpired):
             done = subprocess.run(
@@ -359,6 +362,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try the program itself")
     parser.add_argument("--quick", action="store_true", help="few sizes and turns")
     parser.add_argument("--steps-only", action="store_true", help="only training steps")
+    parser.add_argument(
+        "--staged", type=Path, metavar="DIR", help="a Horovod without GPU operations, for ranks that share the GPU"
+    )
     parser.add_argument("--show", type=Path, metavar="FILE", help="print what was measured before, and measure nothing")
     parser.add_argument("--out", type=Path, default=Path("out/gpu/results.json"))
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -388,8 +394,8 @@ def main() -> int:
         keep()
     result["steps"] = []
     failures = 0
-    for size, case in jobs(args.device, args.quick):
-        measured = run(size, case, timeout=90)
+    for size, case in jobs(args.device, args.quick, args.staged is not None):
+        measured = run(size, case, args.staged, timeout=90)
         failures += "failed" in measured
         result["steps"].append({"ranks": size, **case, "measured": measured})
         keep()

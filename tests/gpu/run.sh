@@ -28,9 +28,12 @@ die() { printf '%s\n' "$*" >&2; exit 1; }
 has() { "$python" -c "import $(sed 's/^pyyaml$/yaml/I' <<<"$1")" 2>/dev/null; }
 install() { "$python" -m pip install -q --no-deps --no-compile --disable-pip-version-check --upgrade --target "$@"; }
 
-has torch || die "$python has no PyTorch: name one that has, as in make gpu-test PYTHON=/path/to/python3"
-"$python" - "$device" <<'END' || die "PyTorch sees no GPU: see the line above. GPU_TEST_DEVICE=cpu tries the tests without one."
-import sys, torch
+"$python" - "$device" <<'END' || die "These tests need a PyTorch that sees a GPU. Name the Python that has one: make gpu-test PYTHON=/path/to/python3"
+import sys
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"{sys.executable}: {error}")
 gpu = torch.cuda.is_available()
 name = torch.cuda.get_device_name() if gpu else "no GPU"
 print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, {name}")
