@@ -22,6 +22,9 @@ import torch
 #: Where tensors are. With `GPU_TEST_DEVICE=cpu` the same lines run on a machine without a GPU, as far as that goes.
 DEVICE = os.environ.get("GPU_TEST_DEVICE", "cuda")
 
+#: How far a result may be from the oracle's: what its element type keeps of a number, and a little.
+TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
+
 #: NCCL's settings: it talks through the loopback network alone.
 LOOPBACK = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 
@@ -145,10 +148,6 @@ def assert_equal_bits(tensors: Sequence[torch.Tensor]) -> None:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     everyone = harness.gather(digest.hexdigest())
     assert len(set(everyone)) == 1, f"the ranks hold different parameters: {everyone}"
-
-
-def assert_close(errors: Sequence[float], tolerance: float) -> None:
-    assert max(errors) <= tolerance, f"off by {[f'{error:.1e}' for error in errors]}, more than {tolerance:.0e}"
 
 
 # --- streams and waiting ----------------------------------------------------------------------------------------------

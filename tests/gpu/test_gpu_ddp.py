@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gpu_job import DEVICE, why_not
+from gpu_job import DEVICE, TOLERANCES, why_not
 
 if why_not():
     pytest.skip(why_not(), allow_module_level=True)
 
 BACKENDS = ("gloo", "nccl")
 SCHEDULES = ("two-pass", "one-pass", "gather")
-TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
 
 pytestmark = [
     pytest.mark.ranks(2, 4, launcher="torchrun", pool="gpu"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gpu_job import DEVICE, why_not
+from gpu_job import DEVICE, TOLERANCES, why_not
 
 if why_not():
     pytest.skip(why_not(), allow_module_level=True)
@@ -66,10 +66,6 @@ def train(
     gpu_job.assert_equal_bits(parameters)
     groups = [[number] for number in range(len(parameters))] if layers else None
     return record.errors(groups, **(oracle_settings or {})), optimizer.report.schedule
-
-
-#: How far a result may be from the oracle's: what its element type keeps of a number, and a little.
-TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

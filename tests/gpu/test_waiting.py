@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adacons_hvd import AdaCons
-from adacons_hvd.schedules import SCHEDULES, DenseBucket, Done, Segment, Step
+from adacons_hvd.collectives import Pending, ready
+from adacons_hvd.schedules import SCHEDULES, DenseBucket, Segment, Step
 
 
 class Numbers(TorchFunctionMode):
@@ -46,14 +47,14 @@ class Apart:
 
     def allreduce(
         self, tensor: Any, name: str, *, prescale: float = 1.0, postscale: float = 1.0, out: Any = None
-    ) -> Any:
-        return Done(tensor if out is None else out)
+    ) -> Pending:
+        return ready(lambda: tensor if out is None else out)
 
-    def allgather(self, tensor: Any, name: str, *, out: Any = None) -> Any:
-        return Done(tensor.new_empty(self.size * tensor.numel()) if out is None else out)
+    def allgather(self, tensor: Any, name: str, *, out: Any = None) -> Pending:
+        return ready(lambda: tensor.new_empty(self.size * tensor.numel()) if out is None else out)
 
-    def alltoall(self, tensor: Any, name: str, *, out: Any = None) -> Any:
-        return Done(torch.empty_like(tensor) if out is None else out)
+    def alltoall(self, tensor: Any, name: str, *, out: Any = None) -> Pending:
+        return ready(lambda: torch.empty_like(tensor) if out is None else out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
