@@ -6,13 +6,10 @@ For the bindings that aggregate PyTorch's gradients, over Horovod or ``torch.dis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 
-from .schedules import Segment
-
-__all__ = ["numbers", "real", "rows_and_values", "segments", "sparse_gradient"]
+__all__ = ["numbers", "real", "rows_and_values", "sparse_gradient"]
 
 
 def numbers(parameter: torch.Tensor) -> int:
@@ -23,25 +20,6 @@ def numbers(parameter: torch.Tensor) -> int:
 def real(gradient: torch.Tensor) -> torch.Tensor:
     """The gradient itself as real numbers; those of a complex one in a further axis."""
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
-
-
-def segments(parts: Iterable[tuple[int, int]]) -> list[Segment]:
-    """The segments of a flat buffer in which parts of given ``(length, group)`` lie side by side.
-
-    None is empty: there would be nothing to compute of it.
-
-    >>> segments([(3, 0), (2, 0), (0, 2), (4, 1)])
-    [Segment(start=0, stop=5, group=0), Segment(start=5, stop=9, group=1)]
-    """
-    found: list[Segment] = []
-    stop = 0
-    for length, group in parts:
-        start, stop = stop, stop + length
-        if found and found[-1].group == group:
-            found[-1] = found[-1]._replace(stop=stop)
-        elif length:
-            found.append(Segment(start, stop, group))
-    return found
 
 
 def rows_and_values(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,21 +16,21 @@ from adacons_hvd import AdaCons
 from adacons_hvd.collectives import horovod_torch
 from adacons_hvd.schedules import DenseBucket, Step
 from adacons_hvd.torch import reducer
-from adacons_hvd.torch.parcels import DenseParcel
+from adacons_hvd.torch.packing import DensePacking
 
 # What is timed, by the name of the phase. Waiting counts for the phase it happens in.
 _WAITING = "waiting"
 _PARTS: list[tuple[str, Any, str]] = [
     ("other Python", reducer.Reducer, "synchronize"),
     ("flags", reducer, "exchange_flags"),
-    ("copy in", DenseParcel, "load"),
+    ("copy in", DensePacking, "load"),
     ("send", DenseBucket, "begin"),
     ("inner products", DenseBucket, "shares"),
     ("table", Step, "_statistics"),
     ("weights", AdaCons, "decide"),
     ("apply", DenseBucket, "combine"),
     ("result", DenseBucket, "finish"),
-    ("copy out", DenseParcel, "deliver"),
+    ("copy out", DensePacking, "deliver"),
     (_WAITING, horovod_torch, "_wait"),
 ]
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ..engine.plan import segments
 from ..ops import ops_for
 from ..schedules import Bucket, DenseBucket, Schedule, SparseBucket
-from ..torch_gradients import numbers, real, rows_and_values, segments, sparse_gradient
+from ..torch_gradients import numbers, real, rows_and_values, sparse_gradient
 
 __all__ = ["DensePart", "Part", "SparsePart"]
 

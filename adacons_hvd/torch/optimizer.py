@@ -85,7 +85,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             schedules add on arrival, in float32, where there is nothing to protect.
         num_groups: Horovod's older name for an integer ``groups``.
         groups: which parameters travel together, as in Horovod: a number of groups, or lists of
-            parameters. By default parcels of ``bucket_bytes``. This says nothing about weights;
+            parameters. By default buckets of ``bucket_bytes``. This says nothing about weights;
             see ``granularity``.
         sparse_as_dense: as in Horovod.
         process_set: as in Horovod: the workers that share gradients.

@@ -1,11 +1,11 @@
 """From gradients on parameters to aggregated gradients on parameters, over Horovod.
 
-The reducer watches an optimizer's parameters. Backward fills parcels; each starts on its way as
+The reducer watches an optimizer's parameters. Backward fills packings; each starts on its way as
 soon as it is full; :meth:`Reducer.synchronize` does the rest. What could make ranks wait for each
 other in vain is settled at the start of every ``synchronize`` by one small sum (:class:`Message`):
 
 * whether some rank's settings or parameters differ - then all raise the same error;
-* whether some rank has to lay out its parcels anew (the first step; parameters frozen, unfrozen
+* whether some rank has to lay out its packings anew (the first step; parameters frozen, unfrozen
   or added since) - then all do;
 * whether on some rank a gradient changed after it had left (several backward passes, reentrant
   checkpointing) - then all send again;
@@ -16,9 +16,9 @@ other in vain is settled at the start of every ``synchronize`` by one small sum 
 
 Whether a rank has joined must be known before anything but a sum leaves during backward, because that
 would crash the rank which has left. So one more small sum, of who is here, starts with backward,
-and parcels that are full wait for its result. It takes no time from backward.
+and packings that are full wait for its result. It takes no time from backward.
 
-Parcels that were not full by then leave together with the flags, whose round trip so costs nothing.
+Packings that were not full by then leave together with the flags, whose round trip so costs nothing.
 Those of a schedule that sends nothing during backward (``gather``) do, too: its first collective is
 a sum, which may leave whoever is here.
 """
@@ -31,7 +31,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NoReturn
 
 import horovod.torch as hvd
@@ -44,13 +43,14 @@ from ..binding import ONLY_SUMS, State, choose_schedule, group_parameters, unsca
 from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
+from ..engine.plan import shared_buckets
 from ..engine.protocol import Message, Recall, Verdict, decide
 from ..engine.replicas import CHECK_REPLICAS, ReplicaError, compare_replicas, is_due, stray_step
 from ..ops.torch import digest as digest_of
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from .numbering import generation, take_number
-from .parcels import Parcel, Slot, plan
+from .packing import Packing, Slot, pack
 
 __all__ = ["Reducer", "Settings", "exchange", "reducer_of"]
 
@@ -77,18 +77,18 @@ class Settings:
 class Reducer:
     """See the module docstring. One per optimizer."""
 
-    #: Parcels that could leave once it is known that all ranks are here.
-    _full: list[Parcel]
+    #: Packings that could leave once it is known that all ranks are here.
+    _full: list[Packing]
     #: The count of ranks under way, and whether it came to all with the same layout.
-    _presence: Pending | None
+    _rank_count: Pending | None
     _unanimous: bool | None
-    #: Whether parcels may leave during backward, and whether that takes a count of ranks.
+    #: Whether packings may leave during backward, and whether that takes a count of ranks.
     _overlaps: bool
-    _asks: bool
-    #: Whether parcels leave together with the flags.
-    _at_once: bool
-    #: While some rank is away: the parcels for when none is, by which it will begin once it is back.
-    _whole: list[Parcel]
+    _counts_ranks: bool
+    #: Whether packings leave together with the flags.
+    _begins_with_flags: bool
+    #: While some rank is away: the packings for when none is, by which it will begin once it is back.
+    _packings_for_all: list[Packing]
     #: Whether to lay out anew though the parameters have not changed.
     _stale: bool
     #: How many steps have been taken since all ranks laid out together, and so the same number on all.
@@ -145,37 +145,37 @@ class Reducer:
             self._keep_up()
             self.pending = True
             self._current = self._layout_is_current()
-            self._ask_who_is_here()
+            self._count_ranks()
         slot = self._slots.get(parameter)
-        if slot is None or slot.parcel is None:
+        if slot is None or slot.packing is None:
             return
         slot.additions += 1
         if not (self._current and self._overlaps):
             return
         if slot.additions == slot.expected:
-            slot.parcel.waiting -= 1
-            if slot.parcel.waiting == 0 and not slot.parcel.bucket.begun:
-                self._full.append(slot.parcel)
+            slot.packing.waiting -= 1
+            if slot.packing.waiting == 0 and not slot.packing.bucket.begun:
+                self._full.append(slot.packing)
         if self._full and self._all_are_here():
             self._send(self._full)
             self._full.clear()
 
-    def _ask_who_is_here(self) -> None:
+    def _count_ranks(self) -> None:
         """Start a count of the ranks that take this step, unless it makes no difference.
 
         All ranks that have a layout ask, or all do not: in backward, or else in synchronize.
         """
-        if self._asks and self._presence is None:
+        if self._counts_ranks and self._rank_count is None:
             counts = torch.tensor([1, self._joined], dtype=torch.int64)
             self._unanimous = None
-            self._presence = self._collectives.allreduce(counts, f"{self.name}.here", out=counts)
+            self._rank_count = self._collectives.allreduce(counts, f"{self.name}.here", out=counts)
 
     def _all_are_here(self, wait: bool = False) -> bool:
         """Whether all who take this step have this rank's layout; False while that is not known."""
-        if self._presence is not None and self._unanimous is None and (wait or self._presence.done()):
-            here, apart = self._presence.wait().tolist()
+        if self._rank_count is not None and self._unanimous is None and (wait or self._rank_count.done()):
+            here, apart = self._rank_count.wait().tolist()
             self._unanimous = here == (apart if self._joined else self._collectives.size - apart)
-        return bool(self._unanimous) or not self._asks
+        return bool(self._unanimous) or not self._counts_ranks
 
     # --- before the optimizer's step ------------------------------------------------------------
 
@@ -187,11 +187,11 @@ class Reducer:
         loss scaler tells.
         """
         mean_loss = self._settle(loss)
-        for parcel in self._parcels:
-            if not parcel.bucket.begun:
-                parcel.load()
-        if self._parcels:
-            buckets = [parcel.bucket for parcel in self._parcels]
+        for packing in self._packings:
+            if not packing.bucket.begun:
+                packing.load()
+        if self._packings:
+            buckets = [packing.bucket for packing in self._packings]
             factor = factor * unscale(self.settings.grad_scaler, buckets[0].reference)
             # step() may be called inside of an autocast, but here precision is chosen with care.
             try:
@@ -203,9 +203,9 @@ class Reducer:
                 raise
             self.state.memory = decision.memory
             self.report = Report(decision, statistics, self._choice)
-            for parcel in self._parcels:
-                parcel.deliver()
-                parcel.expect(self.passes)
+            for packing in self._packings:
+                packing.deliver()
+                packing.expect(self.passes)
         self.pending = False
         return mean_loss
 
@@ -225,19 +225,19 @@ class Reducer:
         if self._number is None:
             self._number = take_number(self.settings.process_set)
         self._full.clear()
-        self._ask_who_is_here()
+        self._count_ranks()
         all_are_here = self._all_are_here(wait=True)
-        self._presence = None
+        self._rank_count = None
         current = self._layout_is_current()
-        if current and (self._at_once or (self._overlaps and all_are_here)):
-            self._send(self._parcels)
+        if current and (self._begins_with_flags or (self._overlaps and all_are_here)):
+            self._send(self._packings)
         slots = list(self._slots.values()) if current else self._draft()
         digest = self._digest if current else agreement.digest(self._description(slots))
         mine = Message(
             new_layout=not current,
             joined_layout=self._joined,
-            begun=any(parcel.bucket.begun for parcel in self._parcels),
-            changed=any(parcel.bucket.begun and parcel.outdated() for parcel in self._parcels),
+            begun=any(packing.bucket.begun for packing in self._packings),
+            changed=any(packing.bucket.begun and packing.outdated() for packing in self._packings),
             stray=bool(stray),
             digest=digest,
             replicas=self._taken_digest.read() if current and self._taken_digest is not None else 0,
@@ -247,7 +247,7 @@ class Reducer:
         if ruling.verdict is Verdict.DISAGREE:
             agreement.confirm(self._collectives, self._description(slots), self.name)
         if ruling.recall is not Recall.NOTHING:
-            self._recall(self._whole if ruling.recall is Recall.FOR_ALL else self._parcels)
+            self._recall(self._packings_for_all if ruling.recall is Recall.FOR_ALL else self._packings)
         if ruling.verdict is Verdict.STRAY:
             joined = len(ruling.present) < self._collectives.size
             hows = [stray] if joined else self._everyones(stray)
@@ -293,26 +293,26 @@ class Reducer:
     def name(self) -> str:
         return f"adacons.{self._number}"
 
-    def _send(self, parcels: Sequence[Parcel]) -> None:
+    def _send(self, packings: Sequence[Packing]) -> None:
         """Begin with those that have not begun."""
-        for parcel in parcels:
-            if not parcel.bucket.begun:
-                parcel.load()
-                parcel.bucket.begin()
+        for packing in packings:
+            if not packing.bucket.begun:
+                packing.load()
+                packing.bucket.begin()
 
-    def _recall(self, parcels: Sequence[Parcel]) -> None:
+    def _recall(self, packings: Sequence[Packing]) -> None:
         """Bring everything under way to an end, and forget it.
 
         What one rank has begun, all must begin, or it would wait for them for ever.
         """
-        self._send(parcels)
-        for parcel in parcels:
+        self._send(packings)
+        for packing in packings:
             try:
-                parcel.bucket.abandon()
+                packing.bucket.abandon()
             except HorovodInternalError:
                 # Horovod refuses all but sums once a rank has joined; a lost connection will show
                 # again in the next collective.
-                parcel.bucket.begun = False
+                packing.bucket.begun = False
 
     # --- the layout -----------------------------------------------------------------------------
 
@@ -337,17 +337,17 @@ class Reducer:
 
     def _forget_layout(self) -> None:
         self._slots: dict[torch.Tensor, Slot] = {}
-        self._parcels: list[Parcel] = []
+        self._packings: list[Packing] = []
         self._digest = 0
         self._joined = False
         self._current = False
         self._overlaps = False
-        self._at_once = False
-        self._whole = []
+        self._begins_with_flags = False
+        self._packings_for_all = []
         self._stale = False
         self._full = []
-        self._asks = False
-        self._presence = None
+        self._counts_ranks = False
+        self._rank_count = None
         self._unanimous = None
         self._age = 0
         self._taken_digest = None
@@ -361,7 +361,7 @@ class Reducer:
         return [Slot(self._name_of(p), p, group_of[p], expected=self.passes) for p in self._trainable()]
 
     def _lay_out(self, slots: list[Slot], digest: int, joined: bool) -> None:
-        """Make parcels of slots that all ranks have alike."""
+        """Make packings of slots that all ranks have alike."""
         hosts = [host_name()]
         if not joined:
             mine = {
@@ -381,32 +381,32 @@ class Reducer:
         self._choose_schedule(slots, hosts, joined)
         schedule = SCHEDULES[self._choice.schedule](self._collectives, self.settings.gradient_predivide_factor)
         if not joined:
-            self._whole = []
-        elif not self._joined and not self._asks:
-            self._whole = self._parcels
+            self._packings_for_all = []
+        elif not self._joined and not self._counts_ranks:
+            self._packings_for_all = self._packings
         self._slots = {slot.parameter: slot for slot in slots}
-        self._parcels = plan(
+        self._packings = pack(
             f"{self.name}.{schedule.name}",
             slots,
             schedule,
             bucket_bytes=self.settings.bucket_bytes,
-            together=self._together(list(self._slots)),
+            together=shared_buckets(self.settings.groups, list(self._slots)),
             compression=self.settings.compression,
         )
         self._step = Step(self._collectives, self.settings.aggregator, self._groups, self.name)
         self._overlaps = self.settings.overlap and schedule.overlaps and self._step.may_begin_early
         sparse = any(slot.sparse for slot in slots)
         only_sums = schedule.only_sums and not sparse
-        self._at_once = not (schedule.overlaps or sparse or joined) and self._step.may_begin_early
+        self._begins_with_flags = not (schedule.overlaps or sparse or joined) and self._step.may_begin_early
         if not joined:
-            self._asks = self._overlaps and not only_sums
+            self._counts_ranks = self._overlaps and not only_sums
         else:
             # A rank that has left and comes back still has the layout for all, or none. So those
             # that went on without it keep asking as they did, and send nothing early unasked.
-            self._overlaps = self._overlaps and self._asks
+            self._overlaps = self._overlaps and self._counts_ranks
         self._digest, self._joined, self._stale = digest, joined, False
-        if self._parcels:
-            reference = self._parcels[0].bucket.reference
+        if self._packings:
+            reference = self._packings[0].bucket.reference
             self.state.fit(self.settings.aggregator, self._groups, self._collectives.size, reference)
 
     def _share_memory(self, answers: Sequence[Mapping[str, Any]]) -> None:
@@ -471,16 +471,6 @@ class Reducer:
                 self.name,
             )
 
-    def _together(self, parameters: Sequence[torch.Tensor]) -> list[list[torch.Tensor]] | None:
-        groups = self.settings.groups
-        if groups is None or groups == 0:
-            return None
-        if isinstance(groups, int):
-            count = min(groups, len(parameters))
-            bounds = [len(parameters) * k // count for k in range(count + 1)] if count else [0]
-            return [list(parameters[start:stop]) for start, stop in pairwise(bounds)]
-        return [list(group) for group in groups]
-
     def _name_of(self, parameter: torch.Tensor) -> str:
         if parameter not in self._names:  # added to the optimizer after it was wrapped
             self._names[parameter] = f"adacons.noname.{len(self._names)}"
@@ -490,7 +480,7 @@ class Reducer:
         """What all ranks must have in common, in words that an error can show."""
         settings = self.settings
         granularity = settings.granularity
-        together = self._together([slot.parameter for slot in slots])
+        together = shared_buckets(settings.groups, [slot.parameter for slot in slots])
         return {
             "adacons_hvd": __version__,
             "aggregator": repr(settings.aggregator),
@@ -514,8 +504,8 @@ class Reducer:
 
     def set_passes(self, passes: int) -> None:
         self.passes = passes
-        for parcel in self._parcels:
-            parcel.expect(passes)
+        for packing in self._packings:
+            packing.expect(passes)
 
     def renew(self) -> None:
         """Agree anew in the next step, as after a state was loaded.

@@ -8,7 +8,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["engine.protocol", "engine.replicas", "engine.settings", "agreement", "costs"])
+@pytest.mark.parametrize(
+    "module", ["engine.protocol", "engine.replicas", "engine.settings", "agreement", "costs", "engine.plan"]
+)
 def test_examples(module):
     found = doctest.testmod(importlib.import_module(f"adacons_hvd.{module}"), optionflags=doctest.ELLIPSIS)
     assert found.attempted

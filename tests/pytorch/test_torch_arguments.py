@@ -42,7 +42,7 @@ def run_case(tolerance=1e-5, transform=None, passes=1, settings=None, **argument
 
 
 def wire_types(optimizer):
-    return {str(parcel.bucket.buffer.dtype) for parcel in optimizer._reducer._parcels}
+    return {str(packing.bucket.buffer.dtype) for packing in optimizer._reducer._packings}
 
 
 @pytest.mark.parametrize("schedule", ["two-pass", "one-pass", "gather"])
@@ -129,17 +129,17 @@ def test_nothing_leaves_before_the_announced_passes(cluster):
 
         model, batches = network(), Batches()
         optimizer = wrapped(model, backward_passes_per_step=2, schedule="two-pass")
-        for _ in range(2):  # the first step lays out the parcels
+        for _ in range(2):  # the first step lays out the buckets
             optimizer.zero_grad()
             loss_of(model, batches).backward()
-            before = [parcel.bucket.begun for parcel in optimizer._reducer._parcels]
+            before = [packing.bucket.begun for packing in optimizer._reducer._packings]
             loss_of(model, batches).backward()
-            after = [parcel.bucket.begun for parcel in optimizer._reducer._parcels]
+            after = [packing.bucket.begun for packing in optimizer._reducer._packings]
             optimizer.step()
         optimizer.set_backward_passes_per_step(1)
         optimizer.zero_grad()
         loss_of(model, batches).backward()
-        at_once = [parcel.bucket.begun for parcel in optimizer._reducer._parcels]
+        at_once = [packing.bucket.begun for packing in optimizer._reducer._packings]
         optimizer.step()
         return before, after, at_once
 
@@ -176,14 +176,14 @@ def test_gradient_predivide_factor_protects_sums_from_overflow(cluster):
 
 
 @pytest.mark.parametrize("groups", [None, 2, 4])
-def test_groups_as_a_number_make_that_many_parcels(cluster, groups):
+def test_groups_as_a_number_make_that_many_buckets(cluster, groups):
     def case():
         from torch_job import Batches, compare, loss_of, network
 
         model, batches = network(), Batches()
         optimizer = wrapped(model, groups=groups)
         compare(optimizer, list(model.parameters()), lambda _: loss_of(model, batches).backward())
-        return len(optimizer._reducer._parcels)
+        return len(optimizer._reducer._packings)
 
     assert cluster.run(case) == [groups or 1] * 3
 
@@ -196,7 +196,7 @@ def test_groups_as_lists_travel_together_and_the_rest_alone(cluster):
         parameters = list(model.parameters())
         optimizer = wrapped(model, groups=[[parameters[0], parameters[5]], [parameters[1]]])
         compare(optimizer, parameters, lambda _: loss_of(model, batches).backward())
-        names = [[slot.name for slot in parcel.slots] for parcel in optimizer._reducer._parcels]
+        names = [[slot.name for slot in packing.slots] for packing in optimizer._reducer._packings]
         return sorted(sorted(some) for some in names)
 
     expected = [["0.bias"], ["0.weight", "4.bias"], ["2.bias"], ["2.weight"], ["4.weight"]]

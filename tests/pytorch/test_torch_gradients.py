@@ -180,7 +180,7 @@ def test_element_types_mixed_in_one_model(cluster, schedule):
         # bfloat16 rounds to 8 bits, once on each way.
         compare(wrapped(parameters, schedule=schedule), parameters, backward, tolerance=2e-2)
         return {
-            str(parcel.bucket.buffer.dtype).removeprefix("torch.") for parcel in wrapped_types(parameters, schedule)
+            str(packing.bucket.buffer.dtype).removeprefix("torch.") for packing in wrapped_types(parameters, schedule)
         }
 
     def wrapped_types(parameters, schedule):
@@ -189,7 +189,7 @@ def test_element_types_mixed_in_one_model(cluster, schedule):
             p.grad = None
             p.sum().backward()
         optimizer.step()
-        return optimizer._reducer._parcels
+        return optimizer._reducer._packings
 
     expected = {"float64", "float32", "float16", "bfloat16"}
     assert cluster.run(case) == [expected] * 3
@@ -292,9 +292,9 @@ def test_sparse_as_dense(cluster):
 
         optimizer = wrapped([table.weight], sparse_as_dense=True, make=lambda p: torch.optim.SparseAdam(p))
         compare(optimizer, [table.weight], backward)
-        return type(optimizer._reducer._parcels[0]).__name__, table.weight.grad.is_sparse
+        return type(optimizer._reducer._packings[0]).__name__, table.weight.grad.is_sparse
 
-    assert cluster.run(case) == [("DenseParcel", True)] * 3
+    assert cluster.run(case) == [("DensePacking", True)] * 3
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -506,7 +506,7 @@ def test_the_first_collective_leaves_while_backward_runs(cluster, schedule):
             @staticmethod
             def backward(ctx, gradient):
                 slot = optimizer._reducer._slots.get(last)
-                seen.append(slot is not None and slot.parcel.bucket.begun)
+                seen.append(slot is not None and slot.packing.bucket.begun)
                 time.sleep(0.3)
                 return gradient
 
@@ -519,7 +519,7 @@ def test_the_first_collective_leaves_while_backward_runs(cluster, schedule):
         compare(optimizer, list(model.parameters()), backward, steps=3)
         return seen[1::2]
 
-    # The first step lays out the parcels; from then on they leave early.
+    # The first step lays out the buckets; from then on they leave early.
     assert cluster.run(case) == [[False, True, True]] * 3
 
 
@@ -533,7 +533,7 @@ def test_without_overlap_nothing_leaves_early(cluster):
 
         def backward(_):
             loss_of(model, batches).backward()
-            begun.extend(parcel.bucket.begun for parcel in optimizer._reducer._parcels)
+            begun.extend(packing.bucket.begun for packing in optimizer._reducer._packings)
 
         compare(optimizer, list(model.parameters()), backward)
         return any(begun), len(begun)

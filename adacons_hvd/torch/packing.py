@@ -1,8 +1,7 @@
-"""Parameters to buckets and back.
+"""Parameters' gradients to buckets and back.
 
-A *slot* is one parameter's place; a *parcel* is a bucket with its slots. The layout of parcels is
-the same on every rank, because it is computed from what all ranks agreed on: the parameters in
-order, their types and shapes, and which of them have sparse gradients.
+A *slot* is one parameter's place; a *packing* fills a bucket from its slots and empties it into them. Which slots share
+a bucket, :mod:`adacons_hvd.engine.plan` says.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from typing import Any
 
 import torch
 
+from ..engine.plan import Item, plan_buckets, segments
 from ..schedules import Bucket, DenseBucket, Schedule, SparseBucket
-from ..torch_gradients import numbers, real, rows_and_values, segments, sparse_gradient
+from ..torch_gradients import numbers, real, rows_and_values, sparse_gradient
 
-__all__ = ["DenseParcel", "Parcel", "Slot", "SparseParcel", "plan"]
+__all__ = ["DensePacking", "Packing", "Slot", "SparsePacking", "pack"]
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class Slot:
     parameter: torch.Tensor
     group: int
     sparse: bool = False
-    parcel: Parcel | None = None
+    packing: Packing | None = None
     start: int = 0
     #: How often backward has added to the gradient since the last step, and how often it is
     #: expected to before the gradient is worth sending.
@@ -48,7 +48,7 @@ class Slot:
         return id(gradient), -1 if gradient is None else gradient._version
 
 
-class Parcel:
+class Packing:
     """Slots that travel together."""
 
     slots: list[Slot]
@@ -81,7 +81,7 @@ class Parcel:
         self.waiting = len(self.slots)
 
 
-class DenseParcel(Parcel):
+class DensePacking(Packing):
     """Slots of one element type on one device, side by side in a flat buffer."""
 
     def __init__(
@@ -97,7 +97,7 @@ class DenseParcel(Parcel):
         self.compression = compression
         length = 0
         for slot in slots:
-            slot.parcel, slot.start = self, length
+            slot.packing, slot.start = self, length
             length += slot.length
         # Shards have equal length, so the buffer is padded to a multiple of the workers.
         padded = -(-length // schedule.collectives.size) * schedule.collectives.size
@@ -150,13 +150,13 @@ class DenseParcel(Parcel):
                 slot.parameter.grad.mul_(self.bucket.restore[slot.group, 0])
 
 
-class SparseParcel(Parcel):
+class SparsePacking(Packing):
     """A single slot whose gradient has few non-zero rows, as an embedding's."""
 
     def __init__(self, name: str, slot: Slot, schedule: Schedule) -> None:
         self.slots = [slot]
         self.waiting = 1
-        slot.parcel = self
+        slot.packing = self
         nothing = slot.parameter.new_zeros((0, slot.length // max(slot.parameter.shape[0], 1)))
         self._bucket = SparseBucket(
             name, nothing.new_zeros(0, dtype=torch.int64), nothing, slot.group, schedule.collectives
@@ -183,7 +183,7 @@ class SparseParcel(Parcel):
         slot.parameter.grad = sparse_gradient(self.bucket.rows, self.bucket.values, slot.parameter)
 
 
-def plan(
+def pack(
     name: str,
     slots: Sequence[Slot],
     schedule: Schedule,
@@ -191,44 +191,33 @@ def plan(
     bucket_bytes: int,
     together: Sequence[Sequence[torch.Tensor]] | None,
     compression: Any,
-) -> list[Parcel]:
-    """Lay the slots out in parcels.
-
-    Backward computes the last layers' gradients first, so parcels are filled from the end: the
-    first to be complete is the first to leave. ``together`` lists parameters that share a parcel,
-    whatever its size, as Horovod's ``groups`` does.
-    """
+) -> list[Packing]:
+    """Make the packings of a layout; ``together`` is as in :func:`adacons_hvd.engine.plan.plan_buckets`."""
     wire, transform = _compression(compression)
-    parcels: list[Parcel] = []
 
-    def add(members: list[Slot], dtype: torch.dtype) -> None:
-        label = f"{name}.{len(parcels)}"
-        parcels.append(DenseParcel(label, members, dtype, schedule, transform))
+    def dtype_of(slot: Slot) -> torch.dtype:
+        return wire if wire is not None and not slot.parameter.is_complex() else _real(slot.parameter.dtype)
 
-    kinds: dict[Any, list[Slot]] = {}
-    sizes: dict[Any, int] = {}
-    place = {id(p): i for i, group in enumerate(together or ()) for p in group}
-    for slot in reversed(slots):
-        if slot.sparse:
-            parcels.append(SparseParcel(f"{name}.{len(parcels)}", slot, schedule))
-            continue
-        if slot.length == 0:
-            continue
-        dtype = _real(slot.parameter.dtype)
-        dtype = wire if wire is not None and not slot.parameter.is_complex() else dtype
-        key: tuple[Any, ...] = (dtype, slot.parameter.device)
-        if together is not None:
-            # A parameter in no group travels alone.
-            key = (*key, place.get(id(slot.parameter), slot.name))
-        members = kinds.setdefault(key, [])
-        members.append(slot)
-        sizes[key] = sizes.get(key, 0) + slot.length * dtype.itemsize
-        if together is None and sizes[key] >= bucket_bytes:
-            sizes[key] = 0
-            add(kinds.pop(key), dtype)
-    for (dtype, *_), members in kinds.items():
-        add(members, dtype)
-    return parcels
+    items = [
+        Item(
+            key=id(slot.parameter),
+            length=slot.length,
+            group=slot.group,
+            kind=(dtype_of(slot), slot.parameter.device),
+            width=dtype_of(slot).itemsize,
+            sparse=slot.sparse,
+        )
+        for slot in slots
+    ]
+    shared = None if together is None else [[id(parameter) for parameter in group] for group in together]
+    packings: list[Packing] = []
+    for number, bucket in enumerate(plan_buckets(items, bucket_bytes, shared)):
+        members = [slots[position] for position in bucket.positions]
+        if bucket.sparse:
+            packings.append(SparsePacking(f"{name}.{number}", members[0], schedule))
+        else:
+            packings.append(DensePacking(f"{name}.{number}", members, dtype_of(members[0]), schedule, transform))
+    return packings
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
