@@ -2,10 +2,13 @@
 
 Operations are matched by the order in which they start, which is the same on all ranks because
 the schedules make it so; names are ignored. Every backend need only offer allreduce,
-``all_gather_into_tensor`` and ``all_to_all_single``.
+an allgather into one tensor, and ``all_to_all_single``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,9 @@ import torch.distributed as dist
 from . import Pending, ready
 
 __all__ = ["TorchDistributed"]
+
+# Renamed in PyTorch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class TorchDistributed:
@@ -30,6 +36,11 @@ class TorchDistributed:
     >>> workers.allreduce(torch.ones(3), "sum").wait()[0].item() == workers.size
     True
     """
+
+    #: Called, and called again, every so many seconds while this rank waits for a message on the host. It may raise an
+    #: error, where other ranks are known not to come.
+    interrupt: Callable[[], None] | None = None
+    seconds_between_interrupts = 1.0
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
         self.group = group
@@ -59,20 +70,20 @@ class TorchDistributed:
         work = dist.all_reduce(out, group=self.group, async_op=True)
 
         def finish() -> torch.Tensor:
-            work.wait()
+            self._wait(work, out)
             return out if postscale == 1 else out.mul_(postscale)
 
         return ready(finish)
 
     def allgather(self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None) -> Pending:
         out = tensor.new_empty(self.size * tensor.numel()) if out is None else out
-        work = dist.all_gather_into_tensor(out, tensor, group=self.group, async_op=True)
-        return _result(work, out)
+        work = _all_gather(out, tensor, group=self.group, async_op=True)
+        return self._result(work, out)
 
     def alltoall(self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None) -> Pending:
         out = torch.empty_like(tensor) if out is None else out
         work = dist.all_to_all_single(out, tensor, group=self.group, async_op=True)
-        return _result(work, out)
+        return self._result(work, out)
 
     def allgather_rows(self, tensor: torch.Tensor, name: str) -> Pending:
         height = torch.tensor([len(tensor)], dtype=torch.int64, device=tensor.device)
@@ -92,15 +103,25 @@ class TorchDistributed:
         return ready(finish)
 
     def allgather_bytes(self, data: bytes, name: str) -> list[bytes]:
-        payload = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+        payload = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
         lengths = self.allgather(torch.tensor([len(data)], device=self.device), name).wait().tolist()
         everything = self.allgather_rows(payload, name).wait().cpu()
         return [bytes(part.tolist()) for part in torch.split(everything, lengths)]
 
+    def _result(self, work: dist.Work, out: torch.Tensor) -> Pending:
+        def finish() -> torch.Tensor:
+            self._wait(work, out)
+            return out
 
-def _result(work: dist.Work, out: torch.Tensor) -> Pending:
-    def finish() -> torch.Tensor:
+        return ready(finish)
+
+    def _wait(self, work: dist.Work, out: torch.Tensor) -> None:
+        while self.interrupt is not None and out.device.type == "cpu":
+            try:
+                work.wait(timedelta(seconds=self.seconds_between_interrupts))
+                return
+            except RuntimeError:
+                self.interrupt()
+                if work.is_completed():
+                    break  # so it has failed, or has arrived just now
         work.wait()
-        return out
-
-    return ready(finish)
