@@ -3,7 +3,7 @@
 # The annotations of the hook must be what they say, not strings: DDP compares them. So there is no
 # `from __future__ import annotations` here.
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,22 @@ from torch.nn.parallel import DistributedDataParallel
 from ..aggregators import Aggregator
 from ..binding import STATE_KEY
 from ..costs import Network
-from ..engine.settings import check_aggregator, check_granularity
-from .reducer import Reducer, Settings
+from ..engine.replicas import CHECK_REPLICAS
+from ..engine.settings import (
+    check_aggregator,
+    check_grad_scaler,
+    check_granularity,
+    check_members,
+    check_replicas_interval,
+    parameter_lists,
+)
+from .notes import Notes
+from .reducer import Reducer, Settings, looked_after
 
 __all__ = ["attach"]
+
+#: For how many seconds a rank waits in attach() for the others.
+TIMEOUT = 300.0
 
 
 def attach(
@@ -27,6 +39,9 @@ def attach(
     schedule: str | Network = "auto",
     granularity: str | Sequence[Sequence[torch.Tensor]] = "model",
     grad_scaler: Any = None,
+    check_replicas: int = CHECK_REPLICAS,
+    may_differ: Iterable[torch.Tensor] = (),
+    timeout: float = TIMEOUT,
 ) -> None:
     """Let an aggregator combine the gradients of a DDP model's replicas, instead of averaging.
 
@@ -37,6 +52,7 @@ def attach(
     Args:
         model: the wrapped model.
         optimizer: an optimizer of its parameters. Whatever its kind, it is only told what happens.
+            One that wraps another and has it as its ``.optimizer``, as Accelerate's does, is fine.
         aggregator: for example ``AdaCons()``. With None, DDP averages as ever; a rank that has
             None while others have an aggregator is told so, and they are too.
         schedule: how gradients move. ``"auto"`` takes the cheapest of ``"two-pass"``,
@@ -46,9 +62,20 @@ def attach(
         granularity: which parameters share one weight per worker: ``"model"`` (all, as in the
             paper), ``"layer"`` (every tensor has its own), or lists of parameters (those in no
             list form one more group).
-        grad_scaler: the ``torch.amp.GradScaler`` in use, if any. The length of AdaCons' result
+        grad_scaler: the ``torch.amp.GradScaler`` in use, if any; one that is disabled is fine. DDP
+            aggregates in backward, when gradients are scaled, and the length of AdaCons' result
             under ``scale="unit"`` does not follow that of the gradients, so scaled gradients have
-            to be known as such.
+            to be known as such. The rest of the loop is as without an aggregator: ``scale``,
+            ``backward``, perhaps ``unscale_`` and clipping, ``scaler.step(optimizer)``, ``update``.
+            A step under a scaler that was not given here is an error, and so is one without the
+            scaler that was.
+        check_replicas: every how many aggregations ranks compare their parameters, to notice one
+            that has trained alone; 0 never. They are compared in the second aggregation, too.
+        may_differ: parameters that are meant to differ between ranks, left out of the comparison.
+            A step along gradients of theirs that are not aggregated is no error.
+        timeout: for how many seconds this call waits for the other ranks to make it. Then all that
+            did raise an error that names those that did not. (Over MPI, which has no store, the
+            error cannot name them.)
 
     Afterwards ``optimizer.aggregator`` is the aggregator, and ``optimizer.report`` a
     :class:`adacons_hvd.report.Report` on the last step, or None before the first. What the
@@ -57,8 +84,33 @@ def attach(
     workers.
 
     Load a checkpoint on every rank. DDP makes parameters equal when it wraps a model, but nobody
-    does so for optimizers: ranks that go on from different states, the optimizer's or the
-    aggregator's, end with different parameters.
+    does so for optimizers: ranks that go on from different states of the optimizer end with
+    different parameters. What the aggregator remembers is compared at the first backward pass, and
+    then whenever parameters are; where ranks differ, all go on from what the rank with the most
+    steps remembers, and warn.
+
+    Two errors, both a :class:`adacons_hvd.agreement.DisagreementError`, tell of a rank that trains
+    alone. A :class:`adacons_hvd.engine.replicas.ReplicaError` comes out of ``backward()`` on all
+    ranks, one backward pass after a comparison that found parameters to differ. A
+    :class:`adacons_hvd.engine.replicas.StrayStepError` comes out of ``optimizer.step()`` on a rank
+    whose last backward pass was not aggregated (under ``no_sync()``, or through ``model.module``),
+    before anything has changed; the other ranks raise it, too, from the backward pass in which they
+    wait for that rank, within a few seconds. That is so on CPUs. Ranks that wait in an accelerator's
+    queue, or for a message of DDP's own (buffers before a forward pass, the order of buckets in the
+    second), cannot be told: they end when the launcher ends them, or by the communication library's
+    own time limit.
+
+    An optimizer that decides by its closure's loss, as ``LBFGS(line_search_fn="strong_wolfe")``
+    does, must see the same loss on every rank, so let the closure return the mean of them; the
+    gradients are aggregated without further ado::
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_function(model(inputs), targets)
+            loss.backward()
+            mean = loss.detach().clone()
+            torch.distributed.all_reduce(mean)
+            return mean / torch.distributed.get_world_size()
 
     With ``nonfinite="raise"`` the error comes out of ``backward()``, on every rank. Gradients are
     then of no use, but training can go on. A rank that waits in ``model.join()`` goes on waiting.
@@ -80,25 +132,44 @@ def attach(
     >>> optimizer.report.fallbacks
     0
     """
-    _check(model, optimizer)
-    if aggregator is not None:
+    _check_model(model)
+    notes = Notes(model.process_group)
+    try:
+        _check_timeout(timeout)
+        optimizers = _unwrapped(optimizer)
         check_aggregator(aggregator, schedule)
-    settings = Settings(aggregator, schedule, check_granularity(granularity, torch.is_tensor), grad_scaler)
-    reducer = Reducer(model, optimizer, settings)
+        check_grad_scaler(grad_scaler)
+        check_replicas_interval(check_replicas)
+        (differing,) = parameter_lists("may_differ", [may_differ], torch.is_tensor)
+        granularity = check_granularity(granularity, torch.is_tensor)
+        known = {id(p) for p in model.parameters()}
+        check_members("granularity", granularity, known)
+        check_members("may_differ", [differing], known)
+        _check(model, optimizers)
+        if aggregator is not None:
+            _check_hook(model)
+        settings = Settings(aggregator, schedule, granularity, grad_scaler, check_replicas, differing)
+        reducer = Reducer(model, optimizers, settings, notes)
+    except Exception as error:
+        notes.fail(error)
+        raise
+    notes.meet(timeout)
+    reducer.agree()
+    notes.clear()
     if aggregator is None:
         return
-    try:
-        model.register_comm_hook(reducer, adacons_hook)
-    except RuntimeError as error:
-        raise RuntimeError(
-            "this model has a communication hook already, perhaps from an earlier attach(), and "
-            "DistributedDataParallel takes only one. Wrap the module anew to attach another"
-        ) from error
-    told: Any = optimizer
-    told.aggregator = aggregator
-    told.report = None
-    optimizer.register_state_dict_post_hook(_Save(reducer))
-    optimizer.register_load_state_dict_pre_hook(_Load(reducer))
+    model.register_comm_hook(reducer, adacons_hook)
+    reducer.watch()
+    optimizers[-1].register_step_pre_hook(_BeforeStep(reducer))
+    optimizers[-1].register_step_post_hook(_AfterStep(reducer))
+    for each in optimizers:
+        told: Any = each
+        told.aggregator = aggregator
+        told.report = None
+        # One that only wraps another, and asks it for its state, can lack what hooks need.
+        if hasattr(each, "_optimizer_state_dict_post_hooks"):
+            each.register_state_dict_post_hook(_Save(reducer))
+            each.register_load_state_dict_pre_hook(_Load(reducer))
 
 
 def adacons_hook(state: Reducer, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -125,11 +196,76 @@ class _Load:
             self.reducer.state.load_state_dict(ours)
 
 
-def _check(model: Any, optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(model, DistributedDataParallel):
+class _BeforeStep:
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer = reducer
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A closure makes the gradients that the step uses only now, so they are looked at afterwards.
+        if not _has_closure(args, kwargs):
+            _check_step(self.reducer)
+
+
+class _AfterStep(_BeforeStep):
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _has_closure(args, kwargs):
+            _check_step(self.reducer)
+
+
+# A compiled step must look every time, too.
+@torch.compiler.disable
+def _check_step(reducer: Reducer) -> None:
+    reducer.check_step()
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    # The first argument is the optimizer itself.
+    return any(callable(argument) for argument in [*args[1:], *kwargs.values()])
+
+
+def _unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizer and, if it wraps another, that one, and so on; the last takes the steps."""
+    found = [optimizer]
+    while isinstance(inner := getattr(found[-1], "optimizer", None), torch.optim.Optimizer):
+        if any(inner is known for known in found):
+            break
+        found.append(inner)
+    if not isinstance(found[-1], torch.optim.Optimizer) or not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+    return found
+
+
+def _check_timeout(timeout: Any) -> None:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, DistributedDataParallel):
+        return
+    if isinstance(model, torch.nn.Module) and any(map(_is_sharded, model.parameters())):
         raise TypeError(
-            f"model must be a DistributedDataParallel, got {type(model).__name__}; wrap the module "
-            "first, and attach before torch.compile()"
+            f"{type(model).__name__} has DTensor parameters, as fully_shard() and tensor parallelism make them: every "
+            "rank holds another part, so there are no gradients of the same thing to aggregate; attach() takes a "
+            "DistributedDataParallel of whole parameters"
+        )
+    raise TypeError(
+        f"model must be a DistributedDataParallel, got {type(model).__name__}; wrap the module "
+        "first, and attach before torch.compile()"
+    )
+
+
+def _is_sharded(parameter: torch.Tensor) -> bool:
+    # Without importing DTensor, which takes long and which hardly anybody uses.
+    return hasattr(parameter, "device_mesh")
+
+
+def _check(model: DistributedDataParallel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    sharded = [name for p, name in looked_after(model).items() if _is_sharded(p)]
+    if sharded:
+        raise TypeError(
+            f"parameter {sharded[0]} is a DTensor, as fully_shard() and tensor parallelism make them, and "
+            "DistributedDataParallel has no whole gradient of it to aggregate"
         )
     if model.mixed_precision is not None:
         raise ValueError(
@@ -141,11 +277,20 @@ def _check(model: Any, optimizer: torch.optim.Optimizer) -> None:
         raise ValueError("delay_all_reduce_named_params makes DDP average these parameters' gradients itself")
     if getattr(model, "_use_python_reducer", False):
         raise ValueError('torch._dynamo.config.optimize_ddp = "python_reducer" has no buckets; use another setting')
-    if hasattr(optimizer, "report"):
+    if any(hasattr(optimizer, "report") for optimizer in optimizers):
         raise ValueError(
             "this optimizer has an aggregator already. For several models under one optimizer, "
             "wrap them together: DistributedDataParallel(torch.nn.ModuleList(...))"
         )
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    owned = {id(p) for group in optimizers[-1].param_groups for p in group["params"]}
     if not any(id(p) in owned for p in model.parameters()):
         raise ValueError("the optimizer has none of the model's parameters; was it made for another model?")
+
+
+def _check_hook(model: DistributedDataParallel) -> None:
+    # A copied model has hooks in its list that are not in effect.
+    if "comm_hook" in model._get_ddp_logging_data():
+        raise RuntimeError(
+            "this model has a communication hook already, perhaps from an earlier attach(), and "
+            "DistributedDataParallel takes only one. Wrap the module anew to attach another"
+        )

@@ -7,16 +7,42 @@ backward, finds the result.
 
 Unlike Horovod, DDP itself makes sure that all ranks have the same parameters, in the same buckets,
 in every step. So settings are compared once, in :meth:`Reducer.agree`, and a step costs no message
-beyond the schedule's own.
+beyond the schedule's own, but for two things that DDP does not see to:
+
+**What the aggregator remembers** must be equal on all ranks, or each would weigh the gradients in its
+own way. It is not where a state was loaded on some ranks only. A rank cannot tell the others so when
+that happens, since they may be anywhere and would not listen; but all ranks meet in backward. At the
+beginning of the first step after ``attach()`` they compare what they remember (:meth:`Reducer._share_memory`),
+so a checkpoint that is loaded before training is set right before it matters. Later, a digest of the
+memory goes with that of the parameters, below. Where memories differ, all ranks take what the rank
+with the most steps remembers, and warn. Every rank comes to this by the same numbers in the same
+place, so none waits alone.
+
+**Parameters** must stay equal. In steps 1, 100, 200, ... (see :func:`adacons_hvd.engine.replicas.is_due`)
+one small allgather of digests follows the step's own messages. It is read at the beginning of the next
+step, where all ranks find the same: nothing; or that memories differ, and share them; or that
+parameters differ, and compare them one by one, take the step to its end, and raise the same error
+from ``backward()``. Ranks that have run out of data under ``model.join()`` take part in every message,
+because they shadow every step; their parameters are not compared, and they raise the error too.
+
+A rank alone can see that a step is **stray**: taken along gradients that backward has added to, on this
+rank, since the last aggregation (:meth:`Reducer.check_step`). It refuses the step and leaves a note in
+the group's store. The others find the note while they wait on the host, so on CPUs, for a message of
+the aggregation. Where they wait in an accelerator's queue, or for a message of DDP's own (buffers
+before a forward pass, the order of buckets in the second), it is the launcher, or the communication
+library's own time limit, that ends them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,11 +54,16 @@ from ..binding import BUCKET_BYTES, State, choose_schedule, group_parameters, un
 from ..collectives import host_name
 from ..collectives.distributed import TorchDistributed
 from ..costs import Network
+from ..engine.replicas import ReplicaError, is_due, stray_step
+from ..ops.torch import digest
 from ..report import Report
 from ..schedules import SCHEDULES, Step
+from .notes import PATIENCE, Notes, Stop
 from .parts import DensePart, Part, SparsePart
+from .replicas import Replicas
+from .scaling import misuse_of_scaler
 
-__all__ = ["Reducer", "Settings"]
+__all__ = ["Reducer", "Settings", "looked_after"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +74,8 @@ class Settings:
     schedule: str | Network
     granularity: str | Sequence[Sequence[torch.Tensor]]
     grad_scaler: Any
+    check_replicas: int
+    may_differ: Sequence[torch.Tensor]
 
 
 class Taken(NamedTuple):
@@ -53,37 +86,37 @@ class Taken(NamedTuple):
 
 
 class Reducer:
-    """See the module docstring. One per model; calls :meth:`agree` when made."""
+    """See the module docstring. One per model; :meth:`agree` comes before the first step."""
 
-    def __init__(self, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        optimizers: Sequence[torch.optim.Optimizer],
+        settings: Settings,
+        notes: Notes,
+    ) -> None:
         self.settings = settings
         self.state = State()
         # DDP keeps the reducer, where Python's garbage collector does not see it.
         self._model = weakref.ref(model)
-        self._optimizer = weakref.ref(optimizer)
-        names = _trainable(model)
-        self._group_of, self._groups = group_parameters(settings.granularity, list(names))
-        device = _only_device(names)
-        self._collectives = TorchDistributed(model.process_group, device)
-        hosts = self.agree(self._description(names))
+        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+        self._notes = notes
+        self._names = _trainable(model)
+        self._group_of, self._groups = group_parameters(settings.granularity, list(self._names))
+        self._sparse = _sparse(model)
+        self._collectives = TorchDistributed(model.process_group, _only_device(self._names))
+        compared = {p: name for p, name in looked_after(model).items() if p not in set(settings.may_differ)}
+        self._replicas = Replicas(self._collectives, notes.ranks, compared)
         self._parts: list[Part] = []
         self._taken: list[Taken] = []
-        if settings.aggregator is None:
-            return
-        sparse = _sparse(model)
-        size = sum(p.numel() * p.element_size() for p in names if p not in sparse)
-        self._choice = choose_schedule(
-            settings.schedule,
-            settings.aggregator,
-            self._collectives,
-            hosts,
-            size,
-            BUCKET_BYTES,
-            torch.empty((), device=device),
-            "adacons",
-        )
-        self._schedule = SCHEDULES[self._choice.schedule](self._collectives)
-        self._step = Step(self._collectives, settings.aggregator, self._groups, "adacons")
+        #: How many steps have been aggregated: equal on all ranks.
+        self._steps = 0
+        #: Whether to compare what ranks remember at the beginning of the next step.
+        self._share = True
+        #: What to raise at the end of the step under way.
+        self._error: Exception | None = None
+        #: Whether backward has added to a gradient since the last aggregation.
+        self._stray = False
 
     def __reduce__(self) -> Any:
         # A copied or unpickled model has a communication hook in its list but not in effect.
@@ -91,16 +124,31 @@ class Reducer:
 
     # --- before the first step ------------------------------------------------------------------
 
-    def agree(self, description: dict[str, Any]) -> list[str]:
-        """Make sure that all ranks have the same settings; returns every rank's host."""
-        digest = agreement.digest(description)
-        mine = json.dumps([digest, host_name()]).encode()
-        answers = [json.loads(answer) for answer in self._collectives.allgather_bytes(mine, "adacons.plan")]
-        if any(theirs != digest for theirs, _ in answers):
+    def agree(self) -> None:
+        """Make sure that all ranks have the same settings, and choose a schedule together."""
+        description = self._description()
+        mine = agreement.digest(description)
+        message = json.dumps([mine, host_name()]).encode()
+        answers = [json.loads(answer) for answer in self._collectives.allgather_bytes(message, "adacons.plan")]
+        if any(theirs != mine for theirs, _ in answers):
             agreement.confirm(self._collectives, description, "adacons")
-        return [host for _, host in answers]
+        aggregator = self.settings.aggregator
+        if aggregator is None:
+            return
+        self._choice = choose_schedule(
+            self.settings.schedule,
+            aggregator,
+            self._collectives,
+            [host for _, host in answers],
+            sum(p.numel() * p.element_size() for p in self._names if p not in self._sparse),
+            BUCKET_BYTES,
+            torch.empty((), device=self._collectives.device),
+            "adacons",
+        )
+        self._schedule = SCHEDULES[self._choice.schedule](self._collectives)
+        self._step = Step(self._collectives, aggregator, self._groups, "adacons")
 
-    def _description(self, names: dict[torch.Tensor, str]) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         """What all ranks must have in common, in words that an error can show."""
         settings = self.settings
         aggregator, granularity = settings.aggregator, settings.granularity
@@ -110,8 +158,11 @@ class Reducer:
             "schedule": str(settings.schedule),
             "granularity": granularity if isinstance(granularity, str) else "explicit groups",
             "grad_scaler": settings.grad_scaler is not None,
+            "check_replicas": settings.check_replicas,
+            "compared parameters": self._replicas.names,
             "parameters": [
-                [name, str(p.dtype), str(tuple(p.shape)), f"group {self._group_of[p]}"] for p, name in names.items()
+                [name, str(p.dtype), str(tuple(p.shape)), f"group {self._group_of[p]}"]
+                for p, name in self._names.items()
             ],
         }
 
@@ -125,6 +176,7 @@ class Reducer:
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         if not self._taken:
             self._missing = len(self._group_of)
+            self._settle()
         part = self._part(gradient, parameters)
         part.load(gradient)
         self._taken.append(Taken(part, future))
@@ -152,15 +204,58 @@ class Reducer:
         self._parts.append(kind(f"adacons.{position}", gradient, parameters, groups, self._schedule))
         return self._parts[position]
 
+    def _settle(self) -> None:
+        """Before anything of a step is sent: act on what ranks have told each other in the last one."""
+        found = self._replicas.end()
+        if found.parameters_differ:
+            try:
+                self._replicas.compare(self._here() is not False, self._steps + 1)
+            except ReplicaError as error:
+                self._error = error
+        if found.memories_differ or self._share:
+            self._share = False
+            self._share_memory()
+
+    def _share_memory(self) -> None:
+        """Let all ranks remember the same, which is what the rank with the most steps does."""
+        memory = self.state.memory
+        steps = int(memory["steps"].max()) if memory else 0
+        mine = json.dumps([int(digest(memory.values())), steps]).encode()
+        answers = [json.loads(answer) for answer in self._collectives.allgather_bytes(mine, "adacons.memories")]
+        if all(theirs == answers[0] for theirs in answers):
+            return
+        everyones = [steps for _, steps in answers]
+        leader = everyones.index(max(everyones))
+        warnings.warn(
+            f"the aggregator remembers other steps on some ranks than on others ({everyones} of them), so all go on "
+            f"from what rank {self._notes.ranks[leader]} remembers; load checkpoints on every rank",
+            stacklevel=2,
+        )
+        state = io.BytesIO()
+        if leader == self._collectives.rank:
+            torch.save({k: v.cpu() if torch.is_tensor(v) else v for k, v in self.state.state_dict().items()}, state)
+        sent = self._collectives.allgather_bytes(state.getvalue(), "adacons.memory")
+        if leader != self._collectives.rank:
+            self.state.load_state_dict(torch.load(io.BytesIO(sent[leader]), weights_only=True))
+
     def _finish(self) -> None:
         taken, self._taken = self._taken, []
         buckets = [part.bucket for part, _ in taken if part.bucket is not None]
-        if buckets:
-            self._aggregate(buckets)
+        if not buckets or self._aggregate(buckets):
+            self._stray = False
         for part, future in taken:
             future.set_result(part.result())
+        if is_due(self._steps, self.settings.check_replicas):
+            self._replicas.begin(self.state.memory.values(), self._here() is not False)
+        self._steps += 1
+        error, self._error = self._error, None
+        if error is not None:
+            if not _in_backward():
+                raise error
+            _raise_after_backward(error)
 
-    def _aggregate(self, buckets: list[Any]) -> None:
+    def _aggregate(self, buckets: list[Any]) -> bool:
+        """Do the rest of the step; returns whether gradients are aggregated now."""
         aggregator = self.settings.aggregator
         assert aggregator is not None
         reference = buckets[0].reference
@@ -176,11 +271,12 @@ class Reducer:
             if _in_backward():
                 _raise_after_backward(error)
             self._parts = []
-            return
+            return False
         self.state.memory = decision.memory
-        optimizer: Any = self._optimizer()
-        if optimizer is not None:
-            optimizer.report = Report(decision, statistics, self._choice)
+        report = Report(decision, statistics, self._choice)
+        for optimizer in self._alive():
+            optimizer.report = report  # type: ignore[attr-defined]
+        return True
 
     def _here(self) -> bool | None:
         """Under ``model.join()``, whether this rank still has data; otherwise None."""
@@ -190,11 +286,76 @@ class Reducer:
         # A rank without data hands its zeros to the hook from join() itself, not from backward.
         return _in_backward()
 
+    # --- steps along gradients that are not aggregated ------------------------------------------
+
+    def watch(self) -> None:
+        """Begin to notice gradients that are not aggregated, and other ranks that have stopped."""
+        self._collectives.interrupt = _calling(weakref.WeakMethod(self._stop_with_others))
+        self._collectives.seconds_between_interrupts = PATIENCE
+        owned = {p for optimizer in self._alive() for group in optimizer.param_groups for p in group["params"]}
+        hook = _calling(weakref.WeakMethod(self._added))
+        self._watched = [p for p in self._names if p in owned and p not in set(self.settings.may_differ)]
+        for parameter in self._watched:
+            parameter.register_post_accumulate_grad_hook(hook)
+
+    def _alive(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
+
+    def _added(self, parameter: torch.Tensor) -> None:
+        """Backward has added to this parameter's gradient. The end of a synchronised backward makes up for it."""
+        self._stray = True
+
+    def check_step(self) -> None:
+        """Refuse a step of the optimizer that must not be taken, and tell the other ranks."""
+        if all(p.grad is None for p in self._watched):
+            return  # nothing that backward has left
+        misuse = misuse_of_scaler(self.settings.grad_scaler, self._alive())
+        if misuse:
+            _raise_for(self._notes.stop(False, misuse))
+        if self._stray:
+            _raise_for(self._notes.stop(True, _NOT_AGGREGATED))
+
+    def _stop_with_others(self) -> None:
+        """Raise the error of ranks that have stopped, for which this one waits in vain."""
+        stop = None
+        with contextlib.suppress(RuntimeError):  # the store is gone if its rank is; the message then fails, too
+            stop = self._notes.stopped()
+        if stop is not None:
+            self._taken, self._parts = [], []
+            _raise_for(stop)
+
+
+_NOT_AGGREGATED = (
+    "the last backward() failed, ran under no_sync(), or went through the module inside of DistributedDataParallel, "
+    "and none that aggregates followed before the optimizer's step"
+)
+
+
+def _raise_for(stop: Stop) -> NoReturn:
+    if stop.stray:
+        raise stray_step(stop.ranks, stop.why) from None
+    raise agreement.DisagreementError(f"{agreement.by_ranks(stop.ranks)} cannot go on: {stop.why}") from None
+
+
+def _calling(method: weakref.WeakMethod[Callable[..., None]]) -> Callable[..., None]:
+    """A function that calls a method and does not keep its object alive."""
+
+    def call(*args: Any) -> None:
+        function = method()
+        if function is not None:
+            function(*args)
+
+    return call
+
+
+def looked_after(model: DistributedDataParallel) -> dict[torch.Tensor, str]:
+    """The parameters that DDP has made equal on all ranks, and their names."""
+    return {p: name for name, p in model.module.named_parameters() if name not in model.parameters_to_ignore}
+
 
 def _trainable(model: DistributedDataParallel) -> dict[torch.Tensor, str]:
     """The parameters that DDP takes care of, and their names."""
-    ignored = model.parameters_to_ignore
-    found = {p: name for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored}
+    found = {p: name for p, name in looked_after(model).items() if p.requires_grad}
     count = model._get_ddp_logging_data()["num_parameter_tensors"]
     if count != len(found):
         raise ValueError(
