@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 
 from adacons_hvd.horovod_build import __main__ as command
-from adacons_hvd.horovod_build import compiling, prerequisites, processes, proof, recipe, source
+from adacons_hvd.horovod_build import (
+    compiling,
+    cuda,
+    frameworks,
+    prerequisites,
+    processes,
+    proof,
+    recipe,
+    source,
+    standards,
+)
 from adacons_hvd.horovod_build.cache import WheelCache, default_root
 from adacons_hvd.horovod_build.errors import BuildError
 from adacons_hvd.horovod_build.recipe import Recipe
@@ -446,10 +456,10 @@ def test_what_check_build_lists() -> None:
 
 
 def test_the_installed_horovod_is_complete() -> None:
-    installed = recipe.installed_frameworks()
+    installed = frameworks.installed_frameworks()
     answer = proof.check_build(proof.rank_environment(None))
     proof.compare(Recipe(installed), answer)
-    if "+cpu" in recipe.framework_version("torch"):
+    if "+cpu" in frameworks.framework_version("torch"):
         with pytest.raises(BuildError, match="does not list NCCL"):
             proof.compare(Recipe(installed, nccl=True), answer)
 
@@ -458,6 +468,6 @@ def test_the_proof_notices_processes_that_do_not_reduce(monkeypatch: pytest.Monk
     wrong = tmp_path / "wrong.py"
     wrong.write_text("print('rank 0 of 2: agreed')")
     monkeypatch.setattr(proof, "_REDUCE", wrong)
-    monkeypatch.setattr(proof, "launcher", lambda controller: [])
+    monkeypatch.setattr(proof, "launcher", lambda controller, ranks: [])
     with pytest.raises(BuildError, match="between two processes over gloo ended with 0"):
         proof._reduce("gloo", "torch", dict(os.environ))

@@ -13,10 +13,11 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from . import compiling, prerequisites, proof, source
+from . import compiling, prerequisites, proof, source, standards
 from .cache import WheelCache, default_root
 from .errors import BuildError, disk_full, is_disk_full
-from .recipe import FRAMEWORKS, HOROVOD_VERSION, Recipe, installed_frameworks
+from .frameworks import FRAMEWORKS, installed_frameworks
+from .recipe import HOROVOD_VERSION, Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
         help=f"comma-separated, of {names} (default: those installed)",
     )
     result.add_argument("--gloo-only", action="store_true", help="leave MPI out: needs no MPI installed")
-    result.add_argument("--nccl", action="store_true", help="GPU collectives over NCCL: needs CUDA and NCCL installed")
+    result.add_argument(
+        "--nccl", action="store_true", help="GPU collectives over NCCL: finds CUDA and NCCL, or says what to install"
+    )
     result.add_argument("--install", action="store_true", help="install the wheel into this environment")
     result.add_argument("--wheel-dir", type=Path, metavar="DIR", help="copy the wheel there")
     result.add_argument("--sdist", type=Path, metavar="FILE", help="use this copy of the release, not a download")
@@ -99,18 +102,37 @@ def build(recipe: Recipe, key: str, cache: WheelCache, options: argparse.Namespa
         prerequisites.check(recipe, cache.root)
         print(f"Building {recipe}", flush=True)
         start = time.monotonic()
+        for sentence in standards.untried(recipe.frameworks):
+            print(sentence, flush=True)
         with cache.workspace(key) as workspace:
-            archive = options.sdist.absolute() if options.sdist else source.fetch(cache.sdists, workspace)
-            tree = source.unpack(archive, workspace)
-            log = cache.logs / f"{key}.log"
-            wheel = compiling.build_wheel(recipe, tree, workspace, log, options.jobs or compiling.default_jobs())
-            site = workspace / "site"
-            pip("install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
-            proof.prove(recipe, site)
-            wheel = cache.keep(key, wheel, recipe.facts())
+            unproven = None if options.force else cache.find(key, proven=False)
+            if unproven:
+                print("A wheel was built before and its proof failed; proving it again. (--force builds it anew.)")
+                wheel = copy_whole(unproven, workspace)
+            else:
+                archive = options.sdist.absolute() if options.sdist else source.fetch(cache.sdists, workspace)
+                tree = source.unpack(archive, workspace)
+                log = cache.logs / f"{key}.log"
+                wheel = compiling.build_wheel(recipe, tree, workspace, log, options.jobs or compiling.default_jobs())
+            wheel = prove_and_keep(recipe, key, wheel, cache, workspace)
         size = wheel.stat().st_size / 1e6
         print(f"Built and proven in {time.monotonic() - start:.0f} s, {size:.0f} MB: {wheel}")
     return wheel, True
+
+
+def prove_and_keep(recipe: Recipe, key: str, wheel: Path, cache: WheelCache, workspace: Path) -> Path:
+    """Proves the wheel and keeps it; keeps it apart, and says where, if it fails: compiling took long."""
+    site = workspace / "site"
+    pip("install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    try:
+        proof.prove(recipe, site)
+    except BuildError as error:
+        kept = cache.keep(key, wheel, recipe.facts(), proven=False)
+        raise BuildError(
+            f"{error}\nThe wheel is kept, but not as one that works: {kept}\nOnce the cause is mended, the same "
+            "command proves it again without compiling; --force compiles anew."
+        ) from error
+    return cache.keep(key, wheel, recipe.facts())
 
 
 def install(recipe: Recipe, wheel: Path, already_proven: bool) -> None:

@@ -2,11 +2,12 @@
 
     sdist/           the release as downloaded
     wheels/KEY/      the wheel and facts.json: what it was built from, and its checksum
+    unproven/KEY/    the same of a wheel whose proof failed: never installed, proven again by the next run
     logs/KEY.log     the compiler's output, of the last attempt
     locks/KEY.lock   held during a build: a second builder of the same wheel waits and then finds it
     work/KEY-PID/    a build in progress; removed whatever happens
 
-An entry appears under wheels/ by one rename, complete and proven, or not at all.
+An entry appears under wheels/ by one rename, complete and proven, or not at all; under unproven/ complete, too.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class WheelCache:
         self.sdists = root / "sdist"
         self.logs = root / "logs"
         try:
-            for folder in (self.sdists, self.logs, root / "wheels", root / "locks", root / "work"):
-                folder.mkdir(parents=True, exist_ok=True)
+            for name in ("sdist", "logs", "wheels", "unproven", "locks", "work"):
+                (root / name).mkdir(parents=True, exist_ok=True)
             # A folder can exist and still refuse files: another user's, or a file system mounted read-only.
             with tempfile.TemporaryFile(dir=root / "work"):
                 pass
@@ -52,9 +53,9 @@ class WheelCache:
                 f"The cache folder {root} cannot be written ({error.strerror}): set ADACONS_CACHE to one that can."
             ) from error
 
-    def find(self, key: str) -> Path | None:
+    def find(self, key: str, *, proven: bool = True) -> Path | None:
         """The wheel kept under `key`, if it is there and undamaged; a damaged entry is dropped."""
-        folder = self.root / "wheels" / key
+        folder = self._place(key, proven)
         try:
             entry = json.loads((folder / "facts.json").read_text())
             wheel = folder / str(entry["wheel"])
@@ -68,7 +69,7 @@ class WheelCache:
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
-    def keep(self, key: str, wheel: Path, facts: dict[str, str]) -> Path:
+    def keep(self, key: str, wheel: Path, facts: dict[str, str], *, proven: bool = True) -> Path:
         """Moves a finished wheel, which has to lie in this cache's `work`, to its place under `key`."""
         entry = wheel.parent / f"entry-{key}"
         entry.mkdir()
@@ -78,10 +79,15 @@ class WheelCache:
         for path in entry.iterdir():
             with path.open("rb") as written:
                 os.fsync(written.fileno())
-        place = self.root / "wheels" / key
-        shutil.rmtree(place, ignore_errors=True)
+        # Whatever lay there under this key, proven or not, this one replaces.
+        for state in (True, False):
+            shutil.rmtree(self._place(key, state), ignore_errors=True)
+        place = self._place(key, proven)
         entry.replace(place)
         return place / wheel.name
+
+    def _place(self, key: str, proven: bool) -> Path:
+        return self.root / ("wheels" if proven else "unproven") / key
 
     @contextlib.contextmanager
     def lock(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from . import cuda, standards
 from .errors import BuildError, disk_full
 from .processes import run
 from .recipe import Recipe
@@ -16,6 +17,12 @@ from .recipe import Recipe
 # A build that takes longer than this hangs; the slowest measured machine took five minutes.
 _TIME_LIMIT = 2 * 3600
 _PERCENT = re.compile(r"^\s*\[ *(\d+)%\]")
+# g++ and clang; nvcc; its parts; CMake; the linker. A file's name, error.cc say, is none of these.
+_ERROR = re.compile(
+    r"^[^\s].*?: (?:fatal )?error: |^\S+\(\d+\): (?:catastrophic )?error\b"
+    r"|^(?:nvcc|ptxas|cc1plus)\b.*\b(?:fatal|error)\b|^CMake Error"
+    r"|: undefined reference to |: cannot find -l|^collect2: error"
+)
 
 
 def default_jobs() -> int:
@@ -31,6 +38,8 @@ def default_jobs() -> int:
 
 def build_wheel(recipe: Recipe, tree: Path, workspace: Path, log: Path, jobs: int) -> Path:
     """Builds the wheel of the source in `tree` and returns its path, below `workspace`."""
+    found = {f"HOROVOD_{name.upper()}_CXX_STANDARD": str(standards.cxx_standard(name)) for name in recipe.frameworks}
+    found |= cuda.settings(recipe.frameworks, workspace / "cuda", recipe.nccl)
     wheels, scratch = workspace / "wheel", workspace / "tmp"
     wheels.mkdir()
     scratch.mkdir()
@@ -43,7 +52,7 @@ def build_wheel(recipe: Recipe, tree: Path, workspace: Path, log: Path, jobs: in
             record.write(line + "\n")
             progress.show(line)
 
-        finished = run(command, recipe.environment(jobs, scratch), _TIME_LIMIT, on_line)
+        finished = run(command, recipe.environment(jobs, scratch, found), _TIME_LIMIT, on_line)
     progress.end()
     built = list(wheels.glob("horovod-*.whl"))
     if finished.returncode != 0 or len(built) != 1:
@@ -60,10 +69,46 @@ def explain(output: str, returncode: int | None, cache: Path, log: Path) -> Buil
         return BuildError(f"The build was stopped after {_TIME_LIMIT // 3600} hours; its log is {log}.")
     if re.search(r"Killed signal|fatal error: Killed|out of memory|cannot allocate memory", output, re.IGNORECASE):
         return BuildError(f"The compiler ran out of memory: run again with --jobs 1. The log is {log}.")
+    shown = first_error(output) or output.splitlines()[-25:]
+    parts = ["The build failed. The first error:", "", *shown, ""]
+    if command := failed_command(output):
+        parts += ["The command that failed:", "", command, ""]
+    return BuildError("\n".join([*parts, f"The whole log: {log}"]))
+
+
+def first_error(output: str) -> list[str]:
+    """The compiler's, linker's or CMake's first error with the lines that belong to it; empty if there is none.
+
+    >>> first_error("g++ -c error.cc\\na.h:7:1: error: 'b' does not name a type\\n    7 | b\\n      | ^\\nmake: stop")
+    ["a.h:7:1: error: 'b' does not name a type", '    7 | b', '      | ^']
+    """
     lines = output.splitlines()
-    first = next((index for index, line in enumerate(lines) if re.search(r"\berror\b:?", line, re.IGNORECASE)), None)
-    shown = lines[-25:] if first is None else lines[max(0, first - 2) : first + 12]
-    return BuildError("\n".join(["The build failed. Where it first says so:", "", *shown, "", f"The whole log: {log}"]))
+    first = next((index for index, line in enumerate(lines) if _ERROR.search(line)), None)
+    if first is None:
+        return []
+    # Where the header was included from stands above a compiler's error; the source and CMake's words below it.
+    start = first
+    while start > 0 and first - start < 6 and re.match(r"In file included from |\s+from ", lines[start - 1]):
+        start -= 1
+    end = first + 1
+    while end < len(lines) and end - first < 12 and (not lines[end].strip() or lines[end].startswith(" ")):
+        end += 1
+    return [line.rstrip() for line in lines[start:end] if line.strip()]
+
+
+def failed_command(output: str) -> str | None:
+    """The command whose end make reports first, found by the file that it should have made."""
+    failed = re.search(r"^make.*\*\*\* \[(?:[^\]]*:\d+: )?(\S+)\] Error", output, re.MULTILINE)
+    if not failed:
+        return None
+    # make names the file from the top, the command from the folder where it runs.
+    target = failed[1]
+    names = [target[index:] for index in (0, *(found.end() for found in re.finditer("/", target)))]
+    commands = [line.strip() for line in output.splitlines() if " -o " in line]
+    for name in names:
+        if found := next((line for line in commands if f" -o {name} " in f"{line} "), None):
+            return found
+    return None
 
 
 class Progress:

@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from . import cuda, standards
 from .errors import BuildError
-from .recipe import Recipe, compiler, installed_frameworks
+from .frameworks import framework_version, installed_frameworks
+from .recipe import Recipe, compiler
 
 # Measured: a build for both frameworks takes 0.4 GB at its largest; the rest is room to breathe.
 DISK_NEEDED = 800_000_000
@@ -57,13 +58,15 @@ def find_missing(recipe: Recipe, cache: Path) -> Iterator[Missing]:
     yield from _platform()
     yield from _python(recipe)
     yield from _tools()
-    compiles = _compiles(compiler(), "#include <filesystem>\nstatic_assert(__cplusplus >= 201703L);")
+    compiles = standards.supports(compiler(), standards.STANDARDS[0])
     if not compiles:
         yield Missing(f"No C++17 compiler: {compiler()!r} is not there or cannot compile.", apt=("g++",))
+    if compiles:
+        yield from _standards(recipe)
     if recipe.mpi:
         yield from _mpi(compiles)
     if recipe.nccl:
-        yield from _nccl(compiles)
+        yield from (Missing(problem.sentence, pip=problem.pip) for problem in cuda.problems(recipe.frameworks))
     yield from _disk(cache)
 
 
@@ -118,16 +121,15 @@ def _mpi(compiler_works: bool) -> Iterator[Missing]:
         yield Missing("Open MPI starts nothing, not even on this machine, without ssh.", apt=("openssh-client",))
 
 
-def _nccl(compiler_works: bool) -> Iterator[Missing]:
-    home = os.environ.get("HOROVOD_CUDA_HOME")
-    nvcc = Path(home) / "bin" / "nvcc" if home else None
-    if not (nvcc.is_file() if nvcc else shutil.which("nvcc")):
-        yield Missing("CUDA's compiler 'nvcc' is missing: install the CUDA toolkit or set HOROVOD_CUDA_HOME.")
-        return
-    include = os.environ.get("HOROVOD_NCCL_INCLUDE") or f"{os.environ.get('HOROVOD_NCCL_HOME', '/usr')}/include"
-    found = (Path(include) / "nccl.h").is_file() or (compiler_works and _compiles(compiler(), "#include <nccl.h>"))
-    if not found:
-        yield Missing("NCCL's header nccl.h is missing: install libnccl-dev or set HOROVOD_NCCL_HOME.")
+def _standards(recipe: Recipe) -> Iterator[Missing]:
+    for name in recipe.frameworks:
+        least = standards.stated(name)
+        if least > standards.STANDARDS[0] and not standards.supports(compiler(), least):
+            yield Missing(
+                f"The headers of {name} {framework_version(name)} need C++{least}, and {compiler()!r} does not know "
+                "it: install a newer compiler (g++ has C++20 from 11 on) or name one in CXX.",
+                apt=("g++",),
+            )
 
 
 def _disk(cache: Path) -> Iterator[Missing]:
@@ -148,10 +150,4 @@ def _version(distribution: str) -> str | None:
 
 def _compiles(program: str, source: str) -> bool:
     """Whether a compiler turns a line into an object file: a wrapper on PATH need not have a compiler behind it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [program, "-std=c++17", "-x", "c++", "-c", "-o", f"{scratch}/probe.o", "-"]
-        try:
-            done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=60, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return False
-    return done.returncode == 0
+    return not standards.complaint(program, source, standards.STANDARDS[0])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+from . import cuda
 from .errors import BuildError
 from .processes import run
 from .recipe import Recipe
@@ -28,8 +30,12 @@ def prove(recipe: Recipe, site: Path | None = None) -> None:
         compare(recipe, check_build(environment))
     for controller in recipe.controllers:
         for framework in recipe.frameworks:
-            _reduce(controller, framework, environment)
+            output = _reduce(controller, framework, environment)
             print(f"  {framework} over {controller}: two processes agree", flush=True)
+    if recipe.nccl:
+        nccl = cuda.find_nccl()
+        compare_nccl(loaded_nccl(output), str(nccl.library) if nccl else None)
+        _prove_gpus(recipe, environment)
 
 
 def check_build(environment: dict[str, str]) -> str:
@@ -62,11 +68,28 @@ def parse_check_build(text: str) -> dict[str, bool]:
     return listed
 
 
-def launcher(controller: str) -> list[str]:
-    """The command that starts two processes here under a controller."""
+def launcher(controller: str, ranks: int = _RANKS) -> list[str]:
+    """The command that starts processes here, two of them, under a controller."""
     if controller == "gloo":
-        return [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", str(_RANKS)]
-    return ["mpirun", "-np", str(_RANKS)]
+        return [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", str(ranks)]
+    return ["mpirun", "-np", str(ranks)]
+
+
+def loaded_nccl(output: str) -> set[str]:
+    """The files of NCCL that the ranks of a proof say they loaded."""
+    return {str(Path(path).resolve()) for path in re.findall(r"^.*rank \d+ loaded (/\S+)$", output, re.MULTILINE)}
+
+
+def compare_nccl(loaded: set[str], linked: str | None) -> None:
+    """Raises where two NCCLs are loaded in one process, or another than the one that was linked."""
+    if len(loaded) > 1:
+        raise BuildError(
+            f"The framework and Horovod load different NCCLs, which do not share their communicators: "
+            f"{' and '.join(sorted(loaded))}. Unset HOROVOD_NCCL_HOME and LD_LIBRARY_PATH and run again with --force."
+        )
+    for path in loaded:
+        if linked and str(Path(linked).resolve()) != path:
+            print(f"  Note: linked with {linked}, but what is loaded is {path}", flush=True)
 
 
 def rank_environment(site: Path | None = None) -> dict[str, str]:
@@ -89,15 +112,45 @@ def rank_environment(site: Path | None = None) -> dict[str, str]:
     }
 
 
-def _reduce(controller: str, framework: str, environment: dict[str, str]) -> None:
-    command = [*launcher(controller), sys.executable, str(_REDUCE), framework, controller]
-    finished = run(command, environment, _TIME_LIMIT)
-    agreed = len(re.findall(r"rank \d+ of \d+: agreed", finished.output))
-    if finished.returncode == 0 and agreed == _RANKS:
+def _prove_gpus(recipe: Recipe, environment: dict[str, str]) -> None:
+    """Reduces GPU tensors over NCCL where there is a GPU: each rank has one of its own, so one GPU makes one rank."""
+    visible = gpus()
+    if not visible:
+        print("  no GPU here: that NCCL reduces GPU tensors remains to be seen on a machine that has one", flush=True)
         return
+    ranks = min(len(visible), _RANKS)
+    seeing = environment | {"CUDA_VISIBLE_DEVICES": ",".join(visible[:ranks])}
+    for framework in recipe.frameworks:
+        _reduce(recipe.controllers[-1], framework, seeing, ranks, "gpu")
+        print(f"  {framework} over nccl: {ranks} {'processes agree' if ranks > 1 else 'process agrees'}", flush=True)
+
+
+def gpus() -> list[str]:
+    """The numbers of the GPUs here, or of those that the caller's CUDA_VISIBLE_DEVICES leaves."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")]
+    try:
+        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(index) for index, line in enumerate(re.findall(r"^GPU \d+", done.stdout, re.MULTILINE)) if line]
+
+
+def _reduce(
+    controller: str, framework: str, environment: dict[str, str], ranks: int = _RANKS, device: str = "cpu"
+) -> str:
+    command = [*launcher(controller, ranks), sys.executable, str(_REDUCE), framework, controller, device]
+    finished = run(command, environment, _TIME_LIMIT)
+    # On every rank, and of as many as were started: ranks that know nothing of each other would each agree.
+    agreed = len(re.findall(rf"rank \d+ of {ranks}: agreed", finished.output))
+    if finished.returncode == 0 and agreed == ranks:
+        return finished.output
     how = "did not finish in time" if finished.returncode is None else f"ended with {finished.returncode}"
+    between = "between two processes" if ranks == _RANKS else "in one process"
+    kind = "tensors on the GPU" if device == "gpu" else "tensors"
     raise BuildError(
-        f"The built Horovod does not work: an allreduce of {framework} tensors between two processes over "
+        f"The built Horovod does not work: an allreduce of {framework} {kind} {between} over "
         f"{controller} {how}. It printed:\n{_tail(finished.output)}"
     )
 

@@ -15,19 +15,15 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
-from importlib import metadata, util
 from pathlib import Path
+
+from . import cuda
+from .frameworks import framework_version
 
 HOROVOD_VERSION = "0.28.1"
 SDIST_NAME = f"horovod-{HOROVOD_VERSION}.tar.gz"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 PATCH_DIR = Path(__file__).parent / "patches"
-
-# Each framework, and the distributions that may provide it.
-FRAMEWORKS = {
-    "torch": ("torch",),
-    "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-rocm", "tf-nightly", "tf-nightly-cpu"),
-}
 
 # The user's own settings that may reach Horovod's build. Any other HOROVOD_ variable, left over from a job say, is
 # kept away from it: it would change the result behind the key's back.
@@ -81,18 +77,19 @@ class Recipe:
         for name in (*_PASSED_ON, *_COMPILER_SETTINGS):
             if os.environ.get(name):
                 settings[name] = os.environ[name]
-        if "HOROVOD_CUDA_HOME" in settings:
-            # Where PyTorch, asked by Horovod's build for its libraries, looks for CUDA's.
-            settings["CUDA_HOME"] = settings["HOROVOD_CUDA_HOME"]
         return settings
 
-    def environment(self, jobs: int, scratch: Path) -> dict[str, str]:
-        """The whole environment of the build: the caller's, without stray Horovod settings, plus `settings`."""
+    def environment(self, jobs: int, scratch: Path, found: dict[str, str] | None = None) -> dict[str, str]:
+        """The whole environment of the build: the caller's, without stray Horovod settings, plus `settings`.
+
+        `found` is what was looked up for this build: where CUDA is, and each framework's C++ standard.
+        """
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
         # The frameworks are asked for their flags by running this interpreter; their chatter is not an answer.
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
         # The compiler's temporary files go where the disk was checked and where they are removed with the rest.
-        return inherited | self.settings() | quiet | {"MAKEFLAGS": f"-j{jobs}", "TMPDIR": str(scratch)}
+        placed = {"MAKEFLAGS": f"-j{jobs}", "TMPDIR": str(scratch)}
+        return inherited | self.settings() | quiet | placed | (found or {})
 
     def facts(self) -> dict[str, str]:
         """Everything that decides what the wheel holds, by name."""
@@ -107,9 +104,8 @@ class Recipe:
         facts |= {f"setting {name}": value for name, value in sorted(self.settings().items())}
         if self.mpi:
             facts["mpi"] = f"{_first_line('mpirun', '--version')} | {_first_line('mpicxx', '-show')}"
-        # Horovod looks for CUDA on its own, NCCL asked for or not.
-        facts["cuda"] = _output("nvcc", "--version").strip().replace("\n", " ") or "none"
-        return facts
+        # PyTorch's part takes GPU tensors through the host where CUDA is there, NCCL asked for or not.
+        return facts | cuda.versions(self.frameworks, self.nccl)
 
     def key(self) -> str:
         """The name of this build in the cache."""
@@ -119,21 +115,6 @@ class Recipe:
 def patches() -> list[Path]:
     """The patches in the order they are applied."""
     return sorted(PATCH_DIR.glob("*.patch"))
-
-
-def installed_frameworks() -> tuple[str, ...]:
-    """The frameworks that this interpreter could import; none is imported to find out."""
-    return tuple(name for name in FRAMEWORKS if util.find_spec(name) is not None)
-
-
-def framework_version(name: str) -> str:
-    """A framework's version as its distribution states it, or "unknown" where none does."""
-    for distribution in FRAMEWORKS[name]:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"
 
 
 def compiler() -> str:
