@@ -137,6 +137,165 @@ def test_unknown_frameworks_are_refused() -> None:
     assert "not a list of torch, tensorflow" in done.stderr
 
 
+# ---- C++ standards -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("condition", "expected"), [("201703L", 17), ("202002L", 20), ("202302L", 23), (None, 17)])
+def test_the_headers_say_which_standard_they_need(condition: str | None, expected: int, tmp_path: Path) -> None:
+    (tmp_path / "ATen").mkdir()
+    text = f"#if !defined(_MSC_VER) && __cplusplus < {condition}\n#error newer, please\n#endif\n"
+    (tmp_path / "ATen" / "ATen.h").write_text(text if condition else "#pragma once\n")
+    assert standards.stated("torch", tmp_path) == expected
+
+
+def test_headers_that_say_nothing_are_compiled(tmp_path: Path) -> None:
+    header = tmp_path / "c10" / "util" / "intrusive_ptr.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#include <compare>\ninline std::strong_ordering f() { return 1 <=> 2; }\n")
+    assert standards.cxx_standard("torch", tmp_path) == 20
+    header.write_text("static_assert(false);\n")
+    with pytest.raises(BuildError, match="cannot compile the headers of torch") as failed:
+        standards.cxx_standard("torch", tmp_path)
+    assert "intrusive_ptr.h:1" in str(failed.value)
+
+
+def test_a_compiler_that_is_too_old_for_the_framework(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    old = tmp_path / "c++"
+    old.write_text(
+        '#!/bin/sh\ncase "$*" in *c++20*) echo "unrecognized option -std=c++20" >&2; exit 1;; esac\nexec c++ "$@"\n'
+    )
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.setattr(standards, "stated", lambda framework: 20)
+    found = prerequisites.describe(list(prerequisites.find_missing(Recipe(("torch",)), tmp_path)))
+    assert "need C++20" in found
+    assert "install a newer compiler" in found
+
+
+def test_a_newer_framework_is_named_and_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standards, "framework_version", lambda name: "2.99.0+cu140")
+    (sentence,) = standards.untried(("torch",))
+    assert sentence.startswith("torch 2.99.0+cu140 is newer than any")
+    monkeypatch.setattr(standards, "framework_version", lambda name: "2.13.0")
+    assert standards.untried(("torch", "tensorflow")) == []
+
+
+# ---- CUDA and NCCL -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with PyTorch for CUDA 13.0 and nothing else: toolkits go to usr/local, pip's packages to site."""
+    for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "HOROVOD_NCCL_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(cuda, "_ROOT", tmp_path)
+    monkeypatch.setattr(cuda, "_site_folders", lambda: [tmp_path / "site"])
+    monkeypatch.setattr(cuda, "framework_cuda", lambda framework: (13, 0))
+    monkeypatch.setattr(cuda, "framework_version", lambda framework: "2.14.1")
+    monkeypatch.setattr(cuda, "_distribution", lambda package: None)
+    monkeypatch.setattr(cuda.metadata, "requires", lambda name: ["sympy", "nvidia-nccl-cu13==2.30.7; extra"])
+    return tmp_path
+
+
+def add_toolkit(home: Path, release: str) -> None:
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    (home / "bin" / "nvcc").chmod(0o755)
+    for folder in ("include", "nvvm", "lib"):
+        (home / folder).mkdir()
+    (home / "include" / "cuda_runtime.h").write_text("")
+    (home / "lib" / "libcudart.so.13").write_text("")
+
+
+def add_nccl(prefix: Path, version: str = "2.30.7") -> None:
+    (prefix / "include").mkdir(parents=True)
+    (prefix / "lib").mkdir(exist_ok=True)
+    names = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+    (prefix / "include" / "nccl.h").write_text("".join(f"#define NCCL_{name} {value}\n" for name, value in names))
+    (prefix / "lib" / "libnccl.so.2").write_text("")
+
+
+def said(*frameworks: str) -> tuple[str, list[str]]:
+    found = list(cuda.problems(frameworks or ("torch",)))
+    return "\n".join(problem.sentence for problem in found), [name for problem in found for name in problem.pip]
+
+
+def test_no_cuda_and_no_nccl_name_the_packages_of_exactly_the_frameworks_versions(gpu_machine: Path) -> None:
+    sentences, packages = said()
+    assert "PyTorch 2.14.1 was built for CUDA 13.0, and no CUDA compiler (nvcc) was found" in sentences
+    assert "NCCL (nccl.h and libnccl.so) is nowhere here" in sentences
+    toolkit = [f"{name}==13.0.*" for name in (*cuda.COMPILER_PACKAGES, "nvidia-cuda-runtime")]
+    assert packages == [*toolkit, "nvidia-nccl-cu13==2.30.7"]
+
+
+def test_a_toolkit_of_the_system_and_nccl_of_pip_are_found_and_linked(gpu_machine: Path) -> None:
+    add_toolkit(gpu_machine / "usr" / "local" / "cuda-13.0", "13.0")
+    add_nccl(gpu_machine / "site" / "nvidia" / "nccl")
+    assert said() == ("", [])
+    settings = cuda.settings(("torch",), gpu_machine / "work", nccl=True)
+    home, nccl = Path(settings["HOROVOD_CUDA_HOME"]), Path(settings["HOROVOD_NCCL_LIB"])
+    assert (home / "lib64" / "libcudart.so").exists()
+    assert (home / "bin" / "nvcc").exists()
+    assert (nccl / "libnccl.so").resolve() == gpu_machine / "site" / "nvidia" / "nccl" / "lib" / "libnccl.so.2"
+    assert settings["HOROVOD_NCCL_LINK"] == "shared"
+    assert settings["PATH"].split(os.pathsep)[0] == str(home / "bin")
+
+
+def test_cuda_of_another_version(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = gpu_machine / "usr" / "local" / "cuda-12.4"
+    add_toolkit(other, "12.4")
+    add_nccl(gpu_machine / "usr")
+    sentences, packages = said()
+    assert f"was built for CUDA 13.0, and {other} has CUDA 12.4" in sentences
+    assert "nvidia-cuda-nvcc==13.0.*" in packages
+    # Without --nccl the build leaves CUDA out rather than take the wrong one.
+    assert cuda.settings(("torch",), gpu_machine / "work", nccl=False) == {"HOROVOD_WITHOUT_CUDA": "1"}
+
+    monkeypatch.setenv("HOROVOD_CUDA_HOME", str(other))
+    sentences, packages = said()
+    assert "set HOROVOD_CUDA_HOME to a toolkit of CUDA 13.0, or unset it" in sentences
+    assert packages == []
+
+    monkeypatch.delenv("HOROVOD_CUDA_HOME")
+    monkeypatch.setattr(cuda, "framework_cuda", lambda framework: (12, 8))
+    sentences, packages = said()
+    # The toolkit there is of the same major version, which is enough for one of the system's.
+    assert sentences == ""
+    shutil.rmtree(other)
+    sentences, packages = said()
+    assert "pip's packages have no nvcc before CUDA 13" in sentences
+    assert packages == []
+
+
+def test_pips_packages_have_to_be_of_one_version(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_toolkit(gpu_machine / "site" / "nvidia" / "cu13", "13.0")
+    add_nccl(gpu_machine / "site" / "nvidia" / "nccl")
+    monkeypatch.setattr(cuda, "_distribution", lambda package: "13.5.37" if package == "nvidia-nvvm" else "13.0.88")
+    assert said()[1] == ["nvidia-nvvm==13.0.*"]
+    monkeypatch.setattr(cuda, "_distribution", lambda package: "13.0.88")
+    assert said() == ("", [])
+
+
+def test_frameworks_of_different_cudas_are_refused(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "framework_cuda", lambda name: {"torch": (13, 0), "tensorflow": (12, 5)}[name])
+    sentences, _ = said("torch", "tensorflow")
+    assert "PyTorch for CUDA 13.0 and TensorFlow for CUDA 12.5" in sentences
+    assert "--frameworks" in sentences
+
+
+def test_a_framework_without_cuda_is_refused(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "framework_cuda", lambda framework: None)
+    assert "PyTorch 2.14.1 is a build without CUDA" in said()[0]
+
+
+def test_the_frameworks_cuda_is_read_from_their_files() -> None:
+    installed = frameworks.framework_version("torch")
+    assert (cuda.framework_cuda("torch") is None) == ("+cpu" in installed)
+    assert cuda.framework_cuda("tensorflow") is None or "cpu" not in installed
+
+
 # ---- disk ----------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +507,41 @@ def test_a_damaged_entry_is_dropped_and_can_be_built_again(damage: str, tmp_path
     assert keep(cache, "key") == cache.find("key")
 
 
+def test_a_wheel_whose_proof_fails_is_kept_apart_and_proven_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled: list[str] = []
+
+    def build_wheel(recipe: Recipe, tree: Path, workspace: Path, *_: object) -> Path:
+        compiled.append("once")
+        wheel = workspace / "horovod-0.28.1-any.whl"
+        wheel.write_bytes(b"wheel")
+        return wheel
+
+    def fail(*_: object) -> None:
+        raise BuildError("The built Horovod does not work.")
+
+    monkeypatch.setattr(prerequisites, "check", lambda *_: None)
+    monkeypatch.setattr(source, "fetch", lambda *_: tmp_path)
+    monkeypatch.setattr(source, "unpack", lambda *_: tmp_path)
+    monkeypatch.setattr(compiling, "build_wheel", build_wheel)
+    monkeypatch.setattr(command, "pip", lambda *_: None)
+    monkeypatch.setattr(proof, "prove", fail)
+    arguments = ["--cache-dir", str(tmp_path / "cache"), "--wheel-dir", str(tmp_path / "out")]
+    assert command.main(arguments) == 1
+    message = capsys.readouterr().err
+    (kept,) = (tmp_path / "cache" / "unproven").rglob("*.whl")
+    assert f"The wheel is kept, but not as one that works: {kept}" in message
+    assert list((tmp_path / "cache" / "wheels").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+    monkeypatch.setattr(proof, "prove", lambda *_: None)
+    assert command.main(arguments) == 0
+    assert compiled == ["once"]
+    assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [b"wheel"]
+    assert list((tmp_path / "cache" / "unproven").rglob("*.whl")) == []
+
+
 def test_nothing_of_a_failed_build_stays(tmp_path: Path) -> None:
     cache = WheelCache(tmp_path)
     (tmp_path / "work" / "key-999999").mkdir()
@@ -402,12 +596,67 @@ def test_progress_never_steps_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown[-1] == 100
 
 
-def test_a_failed_build_shows_where_it_first_says_so(tmp_path: Path) -> None:
-    output = "\n".join([*(f"line {number}" for number in range(100)), "x.cc:1:1: error: no such thing", "more"])
-    error = str(compiling.explain(output, 2, tmp_path, tmp_path / "the.log"))
-    assert "error: no such thing" in error
+# As pip prints it, indented by two: two compilers at once, of which one fails in a header that PyTorch included.
+FAILED = """
+  [ 41%] Building CXX object third_party/gloo/gloo/CMakeFiles/gloo.dir/transport/tcp/error.cc.o
+  cd /b/gloo/gloo && /usr/bin/c++ -O3 -o CMakeFiles/gloo.dir/transport/tcp/error.cc.o -c /b/gloo/error.cc
+  [ 44%] Building CXX object horovod/torch/CMakeFiles/pytorch.dir/ready_event.cc.o
+  cd /b/horovod/torch && /usr/bin/c++ -std=c++17 -o CMakeFiles/pytorch.dir/ready_event.cc.o -c /b/ready.cc
+  cd /b/horovod/torch && /usr/bin/c++ -std=c++17 -o CMakeFiles/pytorch.dir/cuda_util.cc.o -c /b/util.cc
+  /b/common.h:12:1: warning: unused variable 'error' [-Wunused-variable]
+     12 | int error;
+        |     ^~~~~
+  In file included from /t/include/torch/extension.h:5,
+                   from /b/ready.cc:17:
+  /t/include/c10/util/intrusive_ptr.h:775:27: error: 'strong_ordering' in namespace 'std' does not name a type
+    775 |   std::strong_ordering operator<=>(const intrusive_ptr& other) const;
+        |        ^~~~~~~~~~~~~~~
+  /t/include/c10/util/more.h:3:1: error: another one
+  make[2]: *** [horovod/torch/build.make:7: horovod/torch/CMakeFiles/pytorch.dir/ready_event.cc.o] Error 1
+  make[1]: *** [CMakeFiles/Makefile2:188: horovod/torch/CMakeFiles/pytorch.dir/all] Error 2
+  error: subprocess-exited-with-error
+"""
+
+
+def test_a_failed_build_shows_the_first_error_and_its_command(tmp_path: Path) -> None:
+    error = str(compiling.explain(FAILED, 2, tmp_path, tmp_path / "the.log"))
+    shown = error.splitlines()
+    assert shown[:6] == [
+        "The build failed. The first error:",
+        "",
+        "In file included from /t/include/torch/extension.h:5,",
+        "                 from /b/ready.cc:17:",
+        "/t/include/c10/util/intrusive_ptr.h:775:27: error: 'strong_ordering' in namespace 'std' does not name a type",
+        "  775 |   std::strong_ordering operator<=>(const intrusive_ptr& other) const;",
+    ]
+    assert "cd /b/horovod/torch && /usr/bin/c++ -std=c++17 -o CMakeFiles/pytorch.dir/ready_event.cc.o" in error
+    assert "error.cc" not in error
+    assert "another one" not in error
+    assert str(tmp_path / "the.log") in shown[-1]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CMake Error at CMakeLists.txt:223 (message):",
+        "ptxas fatal   : Unsupported .version 9.5; current version is '9.0'",
+        "/b/cuda_kernels.cu(81): error: name must be a namespace name",
+        "nvcc fatal   : Unsupported gpu architecture 'compute_37'",
+        "/usr/bin/ld: x.o: in function `f': x.cc:(.text+0x9): undefined reference to `AsGpuStreamValue'",
+        "/usr/bin/ld: cannot find -lnccl: No such file or directory",
+        "x.cc:1:10: fatal error: nccl.h: No such file or directory",
+    ],
+)
+def test_every_tool_of_the_build_has_its_own_way_to_say_error(said: str, tmp_path: Path) -> None:
+    output = "\n".join(["  -- Found error.h", "  c++ -o error.o -c error.cc", f"  {said}", "  more"])
+    assert str(compiling.explain(output, 2, tmp_path, tmp_path / "log")).splitlines()[2] == said
+
+
+def test_a_build_that_fails_without_an_error_shows_its_end(tmp_path: Path) -> None:
+    output = "\n".join(f"line {number}" for number in range(100))
+    error = str(compiling.explain(output, 2, tmp_path, tmp_path / "log"))
+    assert "line 99" in error
     assert "line 10\n" not in error
-    assert str(tmp_path / "the.log") in error
 
 
 def test_a_compiler_killed_for_memory(tmp_path: Path) -> None:
@@ -462,6 +711,23 @@ def test_the_installed_horovod_is_complete() -> None:
     if "+cpu" in frameworks.framework_version("torch"):
         with pytest.raises(BuildError, match="does not list NCCL"):
             proof.compare(Recipe(installed, nccl=True), answer)
+
+
+def test_the_proof_needs_no_numpy(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('there is no numpy here', name='numpy')\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    proof._reduce("gloo", "torch", proof.rank_environment() | {"PYTHONPATH": path})
+
+
+def test_two_nccls_in_one_process_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    output = "[1,0]<stdout>:rank 0 loaded /a/libnccl.so.2\nrank 1 loaded /a/libnccl.so.2\nrank 0 of 2: agreed\n"
+    assert proof.loaded_nccl(output) == {"/a/libnccl.so.2"}
+    proof.compare_nccl({"/a/libnccl.so.2"}, "/a/libnccl.so.2")
+    assert capsys.readouterr().out == ""
+    proof.compare_nccl({"/a/libnccl.so.2"}, "/b/libnccl.so.2")
+    assert "linked with /b/libnccl.so.2, but what is loaded is /a/libnccl.so.2" in capsys.readouterr().out
+    with pytest.raises(BuildError, match=r"/a/libnccl\.so\.2 and /b/libnccl\.so\.2"):
+        proof.compare_nccl({"/a/libnccl.so.2", "/b/libnccl.so.2"}, None)
 
 
 def test_the_proof_notices_processes_that_do_not_reduce(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def explain(output: str, returncode: int | None, cache: Path, log: Path) -> Buil
         return BuildError(f"The build was stopped after {_TIME_LIMIT // 3600} hours; its log is {log}.")
     if re.search(r"Killed signal|fatal error: Killed|out of memory|cannot allocate memory", output, re.IGNORECASE):
         return BuildError(f"The compiler ran out of memory: run again with --jobs 1. The log is {log}.")
+    # pip indents what its subprocesses print by two spaces.
+    output = "\n".join(line.removeprefix("  ") for line in output.splitlines())
     shown = first_error(output) or output.splitlines()[-25:]
     parts = ["The build failed. The first error:", "", *shown, ""]
     if command := failed_command(output):

@@ -24,6 +24,8 @@ COMPILER_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvid
 RUNTIME_PACKAGE = "nvidia-cuda-runtime"
 # Up to CUDA 12 pip's packages leave out nvcc itself.
 FIRST_PIP_CUDA = 13
+# Below which the system's toolkits are looked for.
+_ROOT = Path("/")
 _TITLES = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
 
 
@@ -258,7 +260,8 @@ def _toolkits() -> Iterator[Toolkit]:
         homes = [Path(name) for name in named]
         homes += [home for site in _site_folders() for home in sorted(site.glob("nvidia/cu*"), reverse=True)]
         homes += [Path(on_path).resolve().parent.parent] if on_path else []
-        homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True), Path("/opt/cuda")]
+        local = _ROOT / "usr" / "local"
+        homes += [local / "cuda", *sorted(local.glob("cuda-*"), reverse=True), _ROOT / "opt" / "cuda"]
     for home in dict.fromkeys(homes):
         said = _line_with("release", home / "bin" / "nvcc")
         if found := re.search(r"release (\d+)\.(\d+)", said):
@@ -268,12 +271,12 @@ def _toolkits() -> Iterator[Toolkit]:
 def _nccls() -> Iterator[Nccl]:
     home, include, lib = (os.environ.get(f"HOROVOD_NCCL_{part}") for part in ("HOME", "INCLUDE", "LIB"))
     if home or include or lib:
-        base = Path(home or "/usr")
+        base = Path(home) if home else _ROOT / "usr"
         places = [(Path(include) if include else base / "include", [Path(lib)] if lib else _lib_folders(base))]
     else:
         prefixes = [site / "nvidia" / "nccl" for site in _site_folders()]
         prefixes += [Path(os.environ["CONDA_PREFIX"])] if os.environ.get("CONDA_PREFIX") else []
-        prefixes += [Path("/usr"), Path("/usr/local"), Path("/usr/local/cuda")]
+        prefixes += [_ROOT / "usr", _ROOT / "usr" / "local", _ROOT / "usr" / "local" / "cuda"]
         places = [(prefix / "include", _lib_folders(prefix)) for prefix in prefixes]
     for headers, folders in places:
         version = _nccl_version(headers / "nccl.h")

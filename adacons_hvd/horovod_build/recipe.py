@@ -95,7 +95,7 @@ class Recipe:
         """Everything that decides what the wheel holds, by name."""
         facts = {
             "horovod": f"{HOROVOD_VERSION} {SDIST_SHA256}",
-            "patches": _digest(*(path.read_text() for path in patches())),
+            "patches": digest(*(path.read_text() for path in patches())),
             "python": f"{sys.implementation.cache_tag} {sysconfig.get_config_var('EXT_SUFFIX')}",
             "platform": f"{sysconfig.get_platform()} {' '.join(platform.libc_ver())}",
             "compiler": _first_line(compiler(), "--version"),
@@ -109,7 +109,7 @@ class Recipe:
 
     def key(self) -> str:
         """The name of this build in the cache."""
-        return f"horovod-{HOROVOD_VERSION}-{_digest(json.dumps(self.facts(), sort_keys=True))[:16]}"
+        return f"horovod-{HOROVOD_VERSION}-{digest(json.dumps(self.facts(), sort_keys=True))[:16]}"
 
 
 def patches() -> list[Path]:
@@ -150,5 +150,6 @@ def _first_line(*command: str) -> str:
     return next(iter(_output(*command).splitlines()), "none")
 
 
-def _digest(*texts: str) -> str:
+def digest(*texts: str) -> str:
+    """A name for some texts together, which any change to them changes."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
