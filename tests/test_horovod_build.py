@@ -13,7 +13,9 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import harness
 import pytest
 
 from adacons_hvd.horovod_build import __main__ as command
@@ -737,3 +739,102 @@ def test_the_proof_notices_processes_that_do_not_reduce(monkeypatch: pytest.Monk
     monkeypatch.setattr(proof, "launcher", lambda controller, ranks: [])
     with pytest.raises(BuildError, match="between two processes over gloo ended with 0"):
         proof._reduce("gloo", "torch", dict(os.environ))
+
+
+# ---- what the patches change ---------------------------------------------------------------------------------------
+
+
+def bfloat16_of_torch() -> list[Any]:
+    import torch
+
+    hvd = harness.horovod_torch()
+    mine = torch.linspace(-3, 5, 1001).to(torch.bfloat16) * (hvd.rank() + 1)
+    operations = (hvd.Sum, hvd.Average, hvd.Min, hvd.Max, hvd.Product)
+    reduced = [hvd.allreduce(mine, op=op, name=f"reduced.{index}") for index, op in enumerate(operations)]
+    everyone = [torch.linspace(-3, 5, 1001).to(torch.bfloat16) * (rank + 1) for rank in range(hvd.size())]
+    first, second = everyone
+    expected = [first + second, (first + second) / 2, first.minimum(second), first.maximum(second), first * second]
+    for got, wanted in zip(reduced, expected, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, wanted)
+    gathered = hvd.allgather(mine, name="gathered")
+    assert torch.equal(gathered, torch.cat(everyone))
+    assert torch.equal(hvd.broadcast(mine, root_rank=1, name="broadcast"), second)
+    bits: list[Any] = torch.stack([*reduced, gathered[:1001]]).view(torch.int16).tolist()
+    return bits
+
+
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"))
+def test_bfloat16_is_reduced_in_torch(cluster: Any) -> None:
+    first, second = cluster.run(bfloat16_of_torch)
+    assert first == second
+
+
+def bfloat16_of_tensorflow() -> list[Any]:
+    import tensorflow as tf
+
+    hvd = harness.horovod_tensorflow()
+    mine = tf.cast(tf.linspace(-3.0, 5.0, 1001), tf.bfloat16) * tf.cast(hvd.rank() + 1, tf.bfloat16)
+    total = hvd.allreduce(mine, op=hvd.Sum, name="total")
+    assert total.dtype == tf.bfloat16
+    expected = sum(harness.gather(tf.cast(mine, tf.float32).numpy()))
+    assert (
+        tf.cast(total, tf.float32).numpy().tolist()
+        == tf.cast(tf.cast(expected, tf.bfloat16), tf.float32).numpy().tolist()
+    )
+    bits: list[Any] = tf.bitcast(total, tf.int16).numpy().tolist()
+    return bits
+
+
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow")
+def test_bfloat16_is_reduced_in_tensorflow(cluster: Any) -> None:
+    first, second = cluster.run(bfloat16_of_tensorflow)
+    assert first == second
+
+
+def sparse_beside_dense() -> list[Any]:
+    import tensorflow as tf
+
+    hvd = harness.horovod_tensorflow()
+    dense = tf.fill([2], float(hvd.rank() + 1))
+    sparse = [
+        tf.IndexedSlices(tf.fill([1, 2], float(hvd.rank() + 1)), tf.constant([hvd.rank()]), tf.constant([rows, 2]))
+        for rows in (3, 5)
+    ]
+    total, *gathered = hvd.grouped_allreduce([dense, *sparse], op=hvd.Sum)
+    assert total.numpy().tolist() == [3.0, 3.0]
+    assert [slices.dense_shape.numpy().tolist() for slices in gathered] == [[3, 2], [5, 2]]
+    return [tf.convert_to_tensor(slices).numpy().tolist() for slices in gathered]
+
+
+@pytest.mark.ranks(2, launcher="gloo", pool="tensorflow")
+def test_sparse_and_dense_gradients_in_one_group(cluster: Any) -> None:
+    first, second = cluster.run(sparse_beside_dense)
+    assert first == second
+    assert first[0] == [[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]
+
+
+def synchronizations() -> list[str]:
+    from horovod.common import elastic
+    from horovod.common.exceptions import HostsUpdatedInterrupt
+
+    class State(elastic.ObjectState):
+        def sync(self) -> None:
+            happened.append("sync")
+
+    def train(state: Any) -> None:
+        happened.append("train")
+        if happened.count("train") == 1:
+            raise HostsUpdatedInterrupt(skip_sync=True)
+
+    happened: list[str] = []
+    elastic.notification_manager.init = lambda: None
+    state = State(bcast_object=None, get_rank=None)
+    elastic.run_fn(train, lambda: happened.append("reset"))(state)
+    return happened
+
+
+@pytest.mark.ranks(1, launcher="gloo")
+def test_workers_that_stay_synchronize_with_those_that_come(cluster: Any) -> None:
+    """They cannot know whether others came while they waited for enough hosts."""
+    assert cluster.run(synchronizations, fresh=True) == [["sync", "train", "reset", "sync", "train"]]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ from typing import Any
 from .. import __version__
 from ..binding import BUCKET_BYTES
 from ..costs import Network, Rates, choose
-from . import live
+from . import built, live
 from .check import LAUNCHERS, check, path_of, what_to_check
 from .display import console, progress, show_json, show_table
 from .errors import CommandError
@@ -73,13 +72,20 @@ def run(options: argparse.Namespace) -> int:
             advance(f"{framework} under {launcher}", 0)
             results.append(check(framework, launcher))
             advance("", 1)
+    frameworks = [name for name in ("torch", "tensorflow") if find_spec(name)]
+    horovod, gpus, cudas = built.how_built(), built.gpus(), built.cudas(frameworks)
+    # To see which NCCL is loaded takes a process that imports everything; without CUDA there is none to see.
+    loaded = built.loaded_nccl(frameworks) if not options.no_live and (cudas or horovod["nccl"]) else {}
     found: dict[str, Any] = {
         "installed": {"adacons_hvd": __version__, "python": platform.python_version(), **_versions()},
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpus": _gpus()},
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
+        "cuda": cudas,
+        "nccl": loaded,
+        "horovod": horovod,
         "launchers": {name: path_of(name) for name in (*LAUNCHERS.values(), *_OTHERS)},
         "checks": results,
         "choices": [choice for result in results for choice in result["choices"]] + cluster,
-        "advice": _advice(results, options),
+        "advice": [*built.warnings(horovod, gpus, loaded), *_advice(results, options)],
     }
     found["works"] = bool(results) and all(result["works"] for result in results)
     if screen is None:
@@ -104,14 +110,6 @@ def _versions() -> dict[str, str | None]:
         versions["tensorflow"] = versions["tensorflow-cpu"]
     del versions["tensorflow-cpu"]
     return versions
-
-
-def _gpus() -> list[str]:
-    try:
-        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.partition(" (UUID")[0] for line in done.stdout.splitlines() if line.startswith("GPU ")]
 
 
 # --- what would be chosen, and what to do -----------------------------------------------------------
@@ -158,7 +156,10 @@ def _show(screen: Any, found: dict[str, Any]) -> None:
     installed = [[name, version or "-"] for name, version in found["installed"].items()]
     machine = found["machine"]
     rows = [*installed, ["machine", f"{machine['system']}, {machine['cores']} cores"]]
-    rows += [["GPU", gpu] for gpu in machine["gpus"]] or [["GPU", "-"]]
+    rows += [[f"GPU {index}", _gpu(gpu)] for index, gpu in enumerate(machine["gpus"])] or [["GPU", "-"]]
+    rows += [[f"CUDA of {name}", version] for name, version in found["cuda"].items()] or [["CUDA", "-"]]
+    rows += [["NCCL as loaded", f"{version}, {path}"] for path, version in found["nccl"].items()]
+    rows += _how_built(found["horovod"])
     rows += [[name, path or "-"] for name, path in found["launchers"].items()]
     show_table(screen, "Installed", ["what ", "version or place "], rows)
     if found["checks"]:
@@ -182,6 +183,22 @@ def _show(screen: Any, found: dict[str, Any]) -> None:
                 screen.print(f"  {choice['reason'].removeprefix('auto: ')}")
     for line in found["advice"]:
         screen.print(line)
+
+
+def _gpu(gpu: dict[str, str]) -> str:
+    return f"{gpu['name']}, {gpu['architecture']}, driver {gpu['driver']}"
+
+
+def _how_built(horovod: dict[str, Any]) -> list[list[str]]:
+    if horovod["compiler"] is None:
+        return []
+    standards = [f"C++{standard} for {name}" for name, standard in horovod["standard"].items()]
+    rows = [["Horovod's compiler", ", ".join([horovod["compiler"].replace("GNU", "GCC"), *standards])]]
+    if horovod["cuda"]:
+        rows.append(["Horovod's CUDA", f"{horovod['cuda']}, for {', '.join(horovod['architectures'])}"])
+    if horovod["nccl"]:
+        rows.append(["Horovod's NCCL", horovod["nccl"]])
+    return rows
 
 
 def _tally(outcomes: dict[str, str | None]) -> str:

@@ -9,6 +9,8 @@ from importlib import metadata
 import pytest
 from command import adacons, answer, assert_one_sentence
 
+from adacons_hvd.cli import built
+
 OPERATIONS = {"allreduce", "allgather", "alltoall", "broadcast"}
 SCHEDULES = {"two-pass", "one-pass", "gather"}
 
@@ -71,3 +73,71 @@ def test_a_cluster_that_is_not_at_hand(network, schedule, tmp_path):
 
 def test_a_cluster_of_nobody(tmp_path):
     assert_one_sentence(adacons("doctor", "--no-live", "--workers", "0", folder=tmp_path), "--workers", "positive")
+
+
+SAID = {
+    "pytorch": "2.14.1",
+    "dummy": "none",
+    "cxx_compiler": "GNU 12.2.0",
+    "pytorch_cxx_standard": "20",
+    "cuda": "13.0.88",
+    "nccl": "23007",
+    "cuda_architectures": "sm_80,sm_90,compute_90",
+}
+SMI = '#!/bin/sh\necho "NVIDIA H100 80GB HBM3, {capability}, 580.95.05"\n'
+
+
+def gpu_machine(folder, said, capability):
+    """A Horovod that says how it was built, and a driver's program that names one GPU."""
+    (folder / "site" / "horovod").mkdir(parents=True)
+    (folder / "site" / "horovod" / "__init__.py").write_text("")
+    (folder / "site" / "horovod" / "metadata.json").write_text(json.dumps(said))
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvidia-smi").write_text(SMI.format(capability=capability))
+    (folder / "bin" / "nvidia-smi").chmod(0o755)
+    return {
+        "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+def test_how_horovod_was_built_is_shown(tmp_path):
+    env = gpu_machine(tmp_path, SAID, "9.0")
+    found = json.loads(adacons("doctor", "--no-live", "--json", folder=tmp_path, env=env).stdout)
+    assert found["horovod"]["compiler"] == "GNU 12.2.0"
+    assert found["horovod"]["standard"] == {"torch": "20"}
+    assert found["horovod"]["nccl"] == "2.30.7"
+    assert found["horovod"]["architectures"] == ["sm_80", "sm_90", "compute_90"]
+    (gpu,) = found["machine"]["gpus"]
+    assert gpu == {"name": "NVIDIA H100 80GB HBM3", "architecture": "sm_90", "driver": "580.95.05"}
+    assert not any("compiled for" in line for line in found["advice"])
+    shown = " ".join(adacons("doctor", "--no-live", folder=tmp_path, env=env).stdout.split())
+    for text in ("GCC 12.2.0, C++20 for torch", "13.0.88, for sm_80, sm_90, compute_90", "2.30.7", "driver 580.95.05"):
+        assert text in shown
+
+
+def test_a_gpu_that_was_not_compiled_for(tmp_path):
+    env = gpu_machine(tmp_path, SAID | {"cuda_architectures": "sm_80,sm_86"}, "9.0")
+    found = json.loads(adacons("doctor", "--no-live", "--json", folder=tmp_path, env=env).stdout)
+    assert any("compiled for sm_80, sm_86, not for the sm_90 here" in line for line in found["advice"])
+
+
+def test_a_horovod_without_cuda_beside_a_gpu(tmp_path):
+    env = gpu_machine(tmp_path, {"pytorch": "2.13.0", "cxx_compiler": "GNU 12.2.0"}, "8.0")
+    found = json.loads(adacons("doctor", "--no-live", "--json", folder=tmp_path, env=env).stdout)
+    assert any("built without CUDA" in line and "--nccl" in line for line in found["advice"])
+
+
+@pytest.mark.parametrize(
+    ("loaded", "expected"),
+    [
+        ({"/a/libnccl.so.2": "2.30.7"}, None),
+        ({"/a/libnccl.so.2": "2.28.9"}, "built with NCCL 2.30.7, and 2.28.9 is loaded (/a/libnccl.so.2)"),
+        ({"/a/libnccl.so.2": "2.30.7", "/b/libnccl.so.2": "2.28.9"}, "Two NCCLs are loaded in one process"),
+        ({}, None),
+    ],
+)
+def test_an_nccl_other_than_the_one_built_with(loaded, expected):
+    horovod = {"nccl": "2.30.7", "architectures": [], "cuda": "13.0.88", "compiler": "GNU 12.2.0"}
+    found = built.warnings(horovod, [], loaded)
+    assert (found == []) if expected is None else (expected in found[0])
