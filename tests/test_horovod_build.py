@@ -23,6 +23,7 @@ from adacons_hvd.horovod_build import (
     compiling,
     cuda,
     frameworks,
+    matrix,
     prerequisites,
     processes,
     proof,
@@ -739,6 +740,37 @@ def test_the_proof_notices_processes_that_do_not_reduce(monkeypatch: pytest.Monk
     monkeypatch.setattr(proof, "launcher", lambda controller, ranks: [])
     with pytest.raises(BuildError, match="between two processes over gloo ended with 0"):
         proof._reduce("gloo", "torch", dict(os.environ))
+
+
+# ---- the matrix ----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_holds_what_was_proven_with_todays_patches(tmp_path: Path) -> None:
+    page, work = tmp_path / "builds.md", tmp_path / "work"
+    page.write_text("before\n<!-- matrix: begin -->\nold\n<!-- matrix: end -->\nafter\n")
+    work.mkdir()
+    result = {
+        "cell": matrix.CELLS[0].name,
+        "patches": matrix.digest(*(path.read_text() for path in recipe.patches())),
+        "seconds": 181,
+        "processor": 240,
+        "proof": ["torch over mpi: two processes agree", "torch over gloo: two processes agree"],
+        "python": "3.11.7",
+        "torch": "2.14.1+cu130",
+        "tensorflow": None,
+        "built": {"cxx_compiler": "GNU 12.2.0", "pytorch_cxx_standard": "20", "cuda": "13.0.88", "nccl": "23007"},
+    }
+    (work / "first.json").write_text(json.dumps(result))
+    (work / "second.json").write_text(json.dumps({"cell": matrix.CELLS[1].name, "error": "it broke"}))
+    matrix.write_table(page, work)
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    row = "3.11.7 | 2.14.1+cu130 | - | 20 (PyTorch) | GCC 12.2.0 | MPI, Gloo | CUDA 13.0.88, NCCL 2.30.7 | 181 | 240"
+    assert [line for line in lines if line.startswith("| 3.")] == [f"| {row} |"]
+
+    assert matrix.is_current(work / "first.json")
+    (work / "first.json").write_text(json.dumps(result | {"patches": "older"}))
+    assert not any(matrix.is_current(path) for path in [*work.glob("*.json"), work / "none.json"])
 
 
 # ---- what the patches change ---------------------------------------------------------------------------------------
