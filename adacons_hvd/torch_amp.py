@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["aggregate_before_unscaling"]
+__all__ = ["aggregate_before_unscaling", "unscale"]
 
 
 @functools.cache
@@ -31,3 +31,13 @@ def aggregate_before_unscaling() -> None:
         return original(self, optimizer, *args, **kwargs)
 
     cls._unscale_grads_ = unscale_grads
+
+
+def unscale(grad_scaler: Any, reference: torch.Tensor) -> torch.Tensor | float:
+    """What gradients have to be multiplied by to undo the loss scale in force."""
+    if grad_scaler is None or not grad_scaler.is_enabled():
+        return 1.0
+    # Scaling a one gives the scale without asking the device for its value.
+    one = torch.ones((), dtype=torch.float64, device=reference.device)
+    scale: torch.Tensor = grad_scaler.scale(one)
+    return 1 / scale

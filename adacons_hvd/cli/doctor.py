@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from .. import __version__
-from ..binding import BUCKET_BYTES
 from ..costs import Network, Rates, choose
+from ..engine.settings import BUCKET_BYTES
 from . import built, live
 from .check import LAUNCHERS, check, path_of, what_to_check
 from .display import console, progress, show_json, show_table

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..aggregators import Aggregator
-from ..binding import STATE_KEY
 from ..costs import Network
+from ..engine.memory import STATE_KEY
 from ..engine.replicas import CHECK_REPLICAS
 from ..engine.settings import (
     check_aggregator,

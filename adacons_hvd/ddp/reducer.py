@@ -50,14 +50,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator
-from ..binding import BUCKET_BYTES, State, choose_schedule, group_parameters, unscale
 from ..collectives import host_name
 from ..collectives.distributed import TorchDistributed
 from ..costs import Network
+from ..engine.memory import State
+from ..engine.plan import group_parameters
 from ..engine.replicas import ReplicaError, is_due, stray_step
+from ..engine.session import choose_schedule
+from ..engine.settings import BUCKET_BYTES
 from ..ops.torch import digest
 from ..report import Report
 from ..schedules import SCHEDULES, Step
+from ..torch_amp import unscale
 from .notes import PATIENCE, Notes, Stop
 from .parts import DensePart, Part, SparsePart
 from .replicas import Replicas

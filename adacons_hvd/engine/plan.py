@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ..schedules import Segment
 
-__all__ = ["BucketPlan", "Item", "plan_buckets", "segments", "shared_buckets"]
+__all__ = ["BucketPlan", "Item", "group_parameters", "plan_buckets", "segments", "shared_buckets"]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -93,6 +93,27 @@ def shared_buckets(groups: int | Sequence[Sequence[Key]] | None, keys: Sequence[
         bounds = [len(keys) * k // count for k in range(count + 1)] if count else [0]
         return [list(keys[start:stop]) for start, stop in pairwise(bounds)]
     return [list(group) for group in groups]
+
+
+def group_parameters(
+    granularity: str | Sequence[Sequence[Key]], parameters: Sequence[Key]
+) -> tuple[dict[Key, int], int]:
+    """The group of every parameter, and the number of groups.
+
+    >>> group_parameters("layer", ["weight", "bias"])
+    ({'weight': 0, 'bias': 1}, 2)
+    >>> group_parameters([["bias"]], ["weight", "bias"])
+    ({'weight': 1, 'bias': 0}, 2)
+    """
+    if granularity == "model":
+        return dict.fromkeys(parameters, 0), 1
+    if granularity == "layer":
+        return {p: i for i, p in enumerate(parameters)}, max(len(parameters), 1)
+    assert not isinstance(granularity, str)
+    group_of = {p: i for i, group in enumerate(granularity) for p in group}
+    rest = len(granularity)
+    has_rest = any(p not in group_of for p in parameters)
+    return {p: group_of.get(p, rest) for p in parameters}, rest + has_rest
 
 
 def segments(parts: Iterable[tuple[int, int]]) -> list[Segment]:

@@ -14,6 +14,7 @@ from ..costs import Network
 from ..schedules import SCHEDULES
 
 __all__ = [
+    "BUCKET_BYTES",
     "check_aggregator",
     "check_compression",
     "check_count",
@@ -28,6 +29,10 @@ __all__ = [
     "check_schedule",
     "parameter_lists",
 ]
+
+#: How much gradient travels together unless the user says otherwise: large enough to fill a fast
+#: network, small enough to begin while backward still runs.
+BUCKET_BYTES = 32 << 20
 
 Key = Callable[[Any], Hashable]
 

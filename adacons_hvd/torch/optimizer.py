@@ -18,12 +18,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator, unpack_memory
-from ..binding import BUCKET_BYTES, STATE_KEY, unscale
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
+from ..engine.memory import STATE_KEY
 from ..engine.protocol import Message, Verdict, decide
 from ..engine.replicas import CHECK_REPLICAS
 from ..engine.settings import (
+    BUCKET_BYTES,
     check_aggregator,
     check_compression,
     check_count,
@@ -37,7 +38,7 @@ from ..engine.settings import (
     check_replicas_interval,
 )
 from ..report import Report
-from ..torch_amp import aggregate_before_unscaling
+from ..torch_amp import aggregate_before_unscaling, unscale
 from .numbering import generation, take_number
 from .reducer import Reducer, Settings, exchange, reducer_of
 

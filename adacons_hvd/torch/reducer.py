@@ -25,9 +25,7 @@ a sum, which may leave whoever is here.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,16 +37,18 @@ from horovod.torch.mpi_ops import HorovodInternalError, ProcessSet
 
 from .. import __version__, agreement
 from ..aggregators import Aggregator
-from ..binding import ONLY_SUMS, State, choose_schedule, group_parameters, unscale
 from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
-from ..engine.plan import shared_buckets
+from ..engine.memory import State, rank_to_follow, warn_of_other_steps
+from ..engine.plan import group_parameters, shared_buckets
 from ..engine.protocol import Message, Recall, Verdict, decide
 from ..engine.replicas import CHECK_REPLICAS, ReplicaError, compare_replicas, is_due, stray_step
+from ..engine.session import ONLY_SUMS, choose_schedule
 from ..ops.torch import digest as digest_of
 from ..report import Report
 from ..schedules import SCHEDULES, Step
+from ..torch_amp import unscale
 from .numbering import generation, take_number
 from .packing import Packing, Slot, pack
 
@@ -282,7 +282,7 @@ class Reducer:
             table[self._collectives.rank, place] = digest_of([slot.parameter])
         # A sum, because that is all there is once a rank has joined.
         table = self._collectives.allreduce(table, f"{self.name}.replicas", out=table).wait()
-        digests, step = {rank: table[rank].tolist() for rank in present}, self._steps() + 1
+        digests, step = {rank: table[rank].tolist() for rank in present}, self.state.steps + 1
         try:
             compare_replicas(digests, [slot.name for slot in compared], step)
         except ReplicaError:
@@ -367,8 +367,7 @@ class Reducer:
             mine = {
                 "host": host_name(),
                 "sparse": [i for i, slot in enumerate(slots) if self._is_sparse(slot)],
-                "memory": self._memory_digest(),
-                "steps": self._steps(),
+                "remembers": [self.state.digest(), self.state.steps],
                 "was apart": self._joined,
             }
             data = json.dumps(mine).encode()
@@ -410,21 +409,17 @@ class Reducer:
             self.state.fit(self.settings.aggregator, self._groups, self._collectives.size, reference)
 
     def _share_memory(self, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Let all ranks remember the same, or each would weigh the gradients in its own way.
+        """Let all ranks remember the same.
 
         They do not where a rank has missed steps since its ``hvd.join()``, or where a checkpoint
-        was not loaded on all of them. What the most steps have gone into is what all get.
+        was not loaded on all of them.
         """
-        if all(answer["memory"] == answers[0]["memory"] for answer in answers):
+        remembered = [tuple(answer["remembers"]) for answer in answers]
+        leader = rank_to_follow(remembered)
+        if leader is None:
             return
-        steps = [answer["steps"] for answer in answers]
-        leader = steps.index(max(steps))
         if not any(answer["was apart"] for answer in answers):
-            warnings.warn(
-                f"the aggregator remembers other steps on some ranks than on others ({steps} of them), so all go on "
-                f"from what rank {leader} remembers; load checkpoints on every rank, or broadcast_optimizer_state()",
-                stacklevel=2,
-            )
+            warn_of_other_steps(remembered, leader)
         root = self.settings.process_set.ranks[leader]
         mine = self.state_on_host()
         name, process_set = f"{self.name}.memory", self.settings.process_set
@@ -433,16 +428,6 @@ class Reducer:
     def state_on_host(self) -> dict[str, Any]:
         """What the aggregator remembers, in a form that can be sent to another process."""
         return {k: v.cpu() if torch.is_tensor(v) else v for k, v in self.state.state_dict().items()}
-
-    def _memory_digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state.memory.items()):
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-    def _steps(self) -> int:
-        steps = self.state.memory.get("steps")
-        return 0 if steps is None else int(steps.max())
 
     def _is_sparse(self, slot: Slot) -> bool:
         gradient = slot.parameter.grad

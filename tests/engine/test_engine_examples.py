@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["engine.protocol", "engine.replicas", "engine.settings", "agreement", "costs", "engine.plan"]
+    "module", ["engine.protocol", "engine.replicas", "engine.settings", "agreement", "costs", "engine.plan", "engine.memory", "engine.session"]
 )
 def test_examples(module):
     found = doctest.testmod(importlib.import_module(f"adacons_hvd.{module}"), optionflags=doctest.ELLIPSIS)

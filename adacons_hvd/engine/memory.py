@@ -1,0 +1,87 @@
+"""What an aggregator remembers on behalf of one optimizer: made to fit, repaired, saved and loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..aggregators import Aggregator, Memory, pack_memory, unpack_memory
+from ..ops import Tensor, ops_for
+
+__all__ = ["STATE_KEY", "State", "rank_to_follow", "warn_of_other_steps"]
+
+#: Where an optimizer's ``state_dict`` keeps the aggregator's state.
+STATE_KEY = "adacons"
+
+
+@dataclass
+class State:
+    """An aggregator's memory on behalf of one optimizer, and the number of workers it is for."""
+
+    memory: Memory = field(default_factory=dict)
+    workers: int = 0
+
+    def fit(self, aggregator: Aggregator, groups: int, workers: int, reference: Tensor) -> None:
+        """Make a loaded memory fit the groups and workers there are, on ``reference``'s device."""
+        ops = ops_for(reference)
+        known = ops.shape(self.memory["steps"])[0] if self.memory else groups
+        if known != groups:
+            warnings.warn(
+                f"the aggregator's state is for {known} groups of parameters and there are {groups} now, "
+                "so it starts afresh",
+                stacklevel=2,
+            )
+            self.memory = {}
+        if self.memory and self.workers != workers:
+            self.memory = aggregator.resized(self.memory, workers)
+        self.memory = {name: ops.beside(value, reference) for name, value in self.memory.items()}
+        self.workers = workers
+
+    def state_dict(self) -> dict[str, Any]:
+        return pack_memory(self.memory, self.workers)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.memory, self.workers = unpack_memory(state)
+
+    def digest(self) -> int:
+        """A number that differs between ranks if what they remember does. Waits for the device."""
+        values = [self.memory[name] for name in sorted(self.memory)]
+        if not values:
+            return 0
+        ops = ops_for(values[0])
+        return int(ops.to_list(ops.digest(values)))
+
+    @property
+    def steps(self) -> int:
+        """How many steps are remembered, in the group with the most. Waits for the device."""
+        steps = self.memory.get("steps")
+        if steps is None:
+            return 0
+        return int(max(row[0] for row in ops_for(steps).to_list(steps)))
+
+
+def rank_to_follow(remembered: Sequence[tuple[int, int]]) -> int | None:
+    """The rank whose memory all take, given everyone's digest and number of steps; None where all remember the same.
+
+    What the most steps have gone into is what all get. Otherwise each rank would weigh the gradients in its own way.
+
+    >>> rank_to_follow([(7, 3), (8, 5), (9, 5)])
+    1
+    >>> rank_to_follow([(7, 3), (7, 3)]) is None
+    True
+    """
+    if all(digest == remembered[0][0] for digest, _ in remembered):
+        return None
+    steps = [steps for _, steps in remembered]
+    return steps.index(max(steps))
+
+
+def warn_of_other_steps(remembered: Sequence[tuple[int, int]], leader: int) -> None:
+    """Warn that ranks remembered different steps, and that all go on from what rank ``leader`` remembers."""
+    warnings.warn(
+        f"the aggregator remembers other steps on some ranks than on others ({[steps for _, steps in remembered]} of "
+        f"them), so all go on from what rank {leader} remembers; load checkpoints on every rank",
+        stacklevel=3,
+    )
