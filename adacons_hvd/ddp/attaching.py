@@ -94,11 +94,11 @@ def attach(
     ranks, one backward pass after a comparison that found parameters to differ. A
     :class:`adacons_hvd.engine.replicas.StrayStepError` comes out of ``optimizer.step()`` on a rank
     whose last backward pass was not aggregated (under ``no_sync()``, or through ``model.module``),
-    before anything has changed; the other ranks raise it, too, from the backward pass in which they
-    wait for that rank, within a few seconds. That is so on CPUs. Ranks that wait in an accelerator's
-    queue, or for a message of DDP's own (buffers before a forward pass, the order of buckets in the
-    second), cannot be told: they end when the launcher ends them, or by the communication library's
-    own time limit.
+    before anything has changed (where a closure makes the gradients, after the step); the other ranks
+    raise it, too, from the backward pass in which they wait for that rank, within a few seconds. That
+    is so on CPUs. Ranks that wait in an accelerator's queue, or for a message of DDP's own (buffers
+    before a forward pass, the order of buckets in the second), cannot be told: they end when the
+    launcher ends them, or by the communication library's own time limit.
 
     An optimizer that decides by its closure's loss, as ``LBFGS(line_search_fn="strong_wolfe")``
     does, must see the same loss on every rank, so let the closure return the mean of them; the
