@@ -71,8 +71,10 @@ def main() -> int:
             result = build(cell, options.work, options.jobs)
             failed += "error" in result
             place.write_text(json.dumps(result, indent=2) + "\n")
-        if options.docs:
-            write_table(options.docs, options.work)
+            if options.docs:
+                write_table(options.docs, options.work)
+    if options.docs:
+        write_table(options.docs, options.work)
     return 1 if failed else 0
 
 
