@@ -22,6 +22,7 @@ from ..engine.settings import (
     check_replicas_interval,
     parameter_lists,
 )
+from ..torch_amp import aggregate_before_unscaling
 from .notes import Notes
 from .reducer import Reducer, Settings, looked_after
 
@@ -160,12 +161,14 @@ def attach(
         return
     model.register_comm_hook(reducer, adacons_hook)
     reducer.watch()
+    aggregate_before_unscaling()
     optimizers[-1].register_step_pre_hook(_BeforeStep(reducer))
     optimizers[-1].register_step_post_hook(_AfterStep(reducer))
     for each in optimizers:
         told: Any = each
         told.aggregator = aggregator
         told.report = None
+        told._adacons_unscaling = reducer.unscaling
         # One that only wraps another, and asks it for its state, can lack what hooks need.
         if hasattr(each, "_optimizer_state_dict_post_hooks"):
             each.register_state_dict_post_hook(_Save(reducer))

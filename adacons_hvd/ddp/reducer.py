@@ -38,7 +38,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,19 +52,17 @@ from ..aggregators import Aggregator
 from ..collectives import host_name
 from ..collectives.distributed import TorchDistributed
 from ..costs import Network
-from ..engine.memory import State
+from ..engine.memory import State, rank_to_follow, warn_of_other_steps
 from ..engine.plan import group_parameters
 from ..engine.replicas import ReplicaError, is_due, stray_step
 from ..engine.session import choose_schedule
 from ..engine.settings import BUCKET_BYTES
-from ..ops.torch import digest
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from ..torch_amp import unscale
 from .notes import PATIENCE, Notes, Stop
 from .parts import DensePart, Part, SparsePart
 from .replicas import Replicas
-from .scaling import misuse_of_scaler
 
 __all__ = ["Reducer", "Settings", "looked_after"]
 
@@ -121,6 +118,8 @@ class Reducer:
         self._error: Exception | None = None
         #: Whether backward has added to a gradient since the last aggregation.
         self._stray = False
+        #: Whether the loss scaler has come to the gradients since then.
+        self._scaler_came = False
 
     def __reduce__(self) -> Any:
         # A copied or unpickled model has a communication hook in its list but not in effect.
@@ -222,19 +221,12 @@ class Reducer:
 
     def _share_memory(self) -> None:
         """Let all ranks remember the same, which is what the rank with the most steps does."""
-        memory = self.state.memory
-        steps = int(memory["steps"].max()) if memory else 0
-        mine = json.dumps([int(digest(memory.values())), steps]).encode()
+        mine = json.dumps([self.state.digest(), self.state.steps]).encode()
         answers = [json.loads(answer) for answer in self._collectives.allgather_bytes(mine, "adacons.memories")]
-        if all(theirs == answers[0] for theirs in answers):
+        leader = rank_to_follow(answers)
+        if leader is None:
             return
-        everyones = [steps for _, steps in answers]
-        leader = everyones.index(max(everyones))
-        warnings.warn(
-            f"the aggregator remembers other steps on some ranks than on others ({everyones} of them), so all go on "
-            f"from what rank {self._notes.ranks[leader]} remembers; load checkpoints on every rank",
-            stacklevel=2,
-        )
+        warn_of_other_steps(answers, self._notes.ranks[leader])
         state = io.BytesIO()
         if leader == self._collectives.rank:
             torch.save({k: v.cpu() if torch.is_tensor(v) else v for k, v in self.state.state_dict().items()}, state)
@@ -247,6 +239,7 @@ class Reducer:
         buckets = [part.bucket for part, _ in taken if part.bucket is not None]
         if not buckets or self._aggregate(buckets):
             self._stray = False
+        self._scaler_came = False
         for part, future in taken:
             future.set_result(part.result())
         if is_due(self._steps, self.settings.check_replicas):
@@ -313,11 +306,23 @@ class Reducer:
         """Refuse a step of the optimizer that must not be taken, and tell the other ranks."""
         if all(p.grad is None for p in self._watched):
             return  # nothing that backward has left
-        misuse = misuse_of_scaler(self.settings.grad_scaler, self._alive())
-        if misuse:
-            _raise_for(self._notes.stop(False, misuse))
+        scaler = self.settings.grad_scaler
+        if scaler is not None and scaler.is_enabled() and not self._scaler_came:
+            _raise_for(self._notes.stop(False, _WITHOUT_SCALER))
         if self._stray:
             _raise_for(self._notes.stop(True, _NOT_AGGREGATED))
+
+    def unscaling(self, scaler: Any) -> None:
+        """Refuse a loss scaler, about to divide gradients, that was not known when they were aggregated."""
+        given = self.settings.grad_scaler
+        if scaler is not given:
+            which = "no grad_scaler" if given is None else "another grad_scaler"
+            why = (
+                f"a GradScaler unscales the gradients, but attach() was given {which}, so scaled gradients were "
+                "aggregated as if they were not: give attach() that one, as grad_scaler="
+            )
+            _raise_for(self._notes.stop(False, why))
+        self._scaler_came = True
 
     def _stop_with_others(self) -> None:
         """Raise the error of ranks that have stopped, for which this one waits in vain."""
@@ -332,6 +337,12 @@ class Reducer:
 _NOT_AGGREGATED = (
     "the last backward() failed, ran under no_sync(), or went through the module inside of DistributedDataParallel, "
     "and none that aggregates followed before the optimizer's step"
+)
+
+
+_WITHOUT_SCALER = (
+    "attach() was given a grad_scaler, but step() was called without it, along scaled gradients: call "
+    "scaler.step(optimizer), or leave grad_scaler= out if the loss is not scaled"
 )
 
 

@@ -14,6 +14,7 @@ import torch
 from ..collectives.distributed import TorchDistributed
 from ..engine.replicas import compare_replicas
 from ..ops.torch import digest
+from ..torch_host import OnItsWay
 
 __all__ = ["Found", "Replicas"]
 
@@ -36,12 +37,12 @@ class Replicas:
         self._ranks = ranks
         self._parameters = list(parameters)
         self.names = list(parameters.values())
-        self._under_way: _OnItsWay | None = None
+        self._under_way: OnItsWay | None = None
 
     def begin(self, memory: Iterable[torch.Tensor], here: bool) -> None:
         """Send digests to all ranks. A rank that is not ``here`` any more has no parameters to compare."""
         row = self._row(here, [digest(self._parameters), digest(memory)])
-        self._under_way = _OnItsWay(self._collectives.allgather(row, "adacons.replicas").wait())
+        self._under_way = OnItsWay(self._collectives.allgather(row, "adacons.replicas").wait())
 
     def end(self) -> Found:
         """Read what :meth:`begin` has begun, if anything."""
@@ -64,20 +65,3 @@ class Replicas:
     def _row(self, here: bool, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
         device = self._collectives.device
         return torch.stack([torch.tensor(int(here)).to(device), *(number.to(device) for number in numbers)])
-
-
-class _OnItsWay:
-    """A tensor on its way to the host, while its device goes on working."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        if tensor.is_cuda:
-            tensor = tensor.to("cpu", non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        self._tensor = tensor
-
-    def read(self) -> torch.Tensor:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._tensor

@@ -49,6 +49,7 @@ from ..ops.torch import digest as digest_of
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from ..torch_amp import unscale
+from ..torch_host import OnItsWay
 from .numbering import generation, take_number
 from .packing import Packing, Slot, pack
 
@@ -94,7 +95,7 @@ class Reducer:
     #: How many steps have been taken since all ranks laid out together, and so the same number on all.
     _age: int
     #: The digest of the parameters as they were in the step before, if replicas are to be compared.
-    _taken_digest: _Number | None
+    _taken_digest: OnItsWay | None
 
     def __init__(
         self,
@@ -240,7 +241,8 @@ class Reducer:
             changed=any(packing.bucket.begun and packing.outdated() for packing in self._packings),
             stray=bool(stray),
             digest=digest,
-            replicas=self._taken_digest.read() if current and self._taken_digest is not None else 0,
+            # One more, because 0 stands for no digest.
+            replicas=int(self._taken_digest.read()) + 1 if current and self._taken_digest is not None else 0,
             loss=loss,
         )
         ruling = decide(mine, exchange(self._collectives, mine, self.name))
@@ -270,9 +272,9 @@ class Reducer:
     def _compared(self) -> list[Slot]:
         return [slot for slot in self._slots.values() if slot.parameter not in self.settings.may_differ]
 
-    def _take_digest(self) -> _Number:
+    def _take_digest(self) -> OnItsWay:
         """Start to compute a digest of the parameters. Other ranks are told it in the next step."""
-        return _Number(digest_of(slot.parameter for slot in self._compared()))
+        return OnItsWay(digest_of(slot.parameter for slot in self._compared()))
 
     def _compare_replicas(self, present: Sequence[int]) -> None:
         """Raise the error that names what differs, on all ranks."""
@@ -529,24 +531,6 @@ def exchange(collectives: HorovodTorch, mine: Message, name: str) -> list[Messag
     table[collectives.rank] = torch.tensor(row)
     table = collectives.allreduce(table, f"{name}.flags", out=table).wait()
     return [Message.from_row(row) for row in table.tolist()]
-
-
-class _Number:
-    """A number computed on some device, on its way to the host while the device goes on working."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        if value.is_cuda:
-            value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        self._value = value
-
-    def read(self) -> int:
-        """The number; waits for it if need be. Never 0."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return int(self._value) + 1
 
 
 def _calling(method: weakref.WeakMethod[Callable[[torch.Tensor], None]]) -> Any:

@@ -7,9 +7,30 @@ import importlib
 
 import pytest
 
+MODULES = [
+    "agreement",
+    "costs",
+    "engine.memory",
+    "engine.plan",
+    "engine.protocol",
+    "engine.replicas",
+    "engine.session",
+    "engine.settings",
+]
+
 
 @pytest.mark.parametrize(
-    "module", ["engine.protocol", "engine.replicas", "engine.settings", "agreement", "costs", "engine.plan", "engine.memory", "engine.session"]
+    "module",
+    [
+        "engine.protocol",
+        "engine.replicas",
+        "engine.settings",
+        "agreement",
+        "costs",
+        "engine.plan",
+        "engine.memory",
+        "engine.session",
+    ],
 )
 def test_examples(module):
     found = doctest.testmod(importlib.import_module(f"adacons_hvd.{module}"), optionflags=doctest.ELLIPSIS)
