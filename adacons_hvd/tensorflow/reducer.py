@@ -42,14 +42,16 @@ from tensorflow.core.function.polymorphism.function_cache import FunctionCache
 from tensorflow.python.ops import control_flow_util
 
 from .. import __version__, agreement
-from ..aggregators import Aggregator, Decision, Memory, Statistics, pack_memory, unpack_memory
-from ..binding import BUCKET_BYTES, ONLY_SUMS, canonical_names, choose_schedule, group_parameters
+from ..aggregators import Decision, Memory, Statistics, pack_memory, unpack_memory
+from ..binding import ONLY_SUMS, canonical_names, choose_schedule, group_parameters
 from ..collectives import host_name
 from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_variable
-from ..costs import Choice, Network
+from ..costs import Choice
+from ..engine.settings import check_members
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from .packing import Gradient, Parcel, Slot, plan
+from .settings import Settings, key_of, native
 
 __all__ = ["Reducer", "Settings", "key_of", "native"]
 
@@ -59,24 +61,6 @@ NO_XLA = (
     "a tf.function with jit_compile=True. Leave jit_compile out of the function that takes the "
     "optimizer's step; functions it calls, such as the model's, may keep it."
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for; see ``DistributedOptimizer``."""
-
-    aggregator: Aggregator | None
-    schedule: str | Network = "auto"
-    granularity: str | Sequence[Sequence[Any]] = "model"
-    compression: Any = None
-    gradient_predivide_factor: float = 1.0
-    groups: int | Sequence[Sequence[Any]] | None = None
-    sparse_as_dense: bool = False
-    process_set: ProcessSet = hvd.global_process_set
-    bucket_bytes: int = BUCKET_BYTES
-    op: int = hvd.Average
-    device_dense: str = ""
-    device_sparse: str = ""
 
 
 # How many reducers have been used on each process set. The number is part of the names of a
@@ -111,18 +95,6 @@ def _forget_traces() -> None:
     for thing in gc.get_objects():
         if type(thing) is FunctionCache:  # some objects lie about their class, or fail when asked
             thing.clear()
-
-
-def native(variable: Any) -> Any:
-    """TensorFlow's variable, where Keras 3 gave one of its own."""
-    value = getattr(variable, "value", None)
-    return value if isinstance(value, tf.Variable) else variable
-
-
-def key_of(variable: Any, position: int = 0) -> Hashable:
-    """What identifies a variable; a mere tensor is known by its position."""
-    variable = native(variable)
-    return variable._unique_id if isinstance(variable, tf.Variable) else ("tensor", position)
 
 
 @dataclass
@@ -472,6 +444,12 @@ class Reducer:
             )
         assert self._collectives is not None
         settings = self.settings
+        if not self._layouts and not isinstance(settings.granularity, str):
+            # Later some may be frozen. What is frozen now may be trained later.
+            trainable = [
+                [v for named in group if (v := named.if_trainable()) is not None] for group in settings.granularity
+            ]
+            check_members("granularity", trainable, keys, key_of)
         group_of, labels = self._granularity(keys)
         names = canonical_names([_name(variable, i) for i, variable in enumerate(variables)])
         slots = [
@@ -555,9 +533,8 @@ class Reducer:
     def _granularity(self, keys: Sequence[Hashable]) -> tuple[dict[Hashable, int], tuple[Hashable, ...]]:
         """The group of every parameter, and what tells the groups apart, whichever are trained."""
         granularity = self.settings.granularity
-        if not isinstance(granularity, str):
-            granularity = [[key_of(variable) for variable in group] for group in granularity]
-        group_of, groups = group_parameters(granularity, keys)
+        lists = granularity if isinstance(granularity, str) else [[n.key for n in group] for group in granularity]
+        group_of, groups = group_parameters(lists, keys)
         return group_of, tuple(keys) if granularity == "layer" else tuple(range(groups))
 
     def _together(self, slots: Sequence[Slot]) -> list[list[Hashable]] | None:
@@ -568,7 +545,7 @@ class Reducer:
             count = min(groups, len(slots))
             bounds = [len(slots) * k // count for k in range(count + 1)] if count else [0]
             return [[slot.key for slot in slots[start:stop]] for start, stop in pairwise(bounds)]
-        return [[key_of(variable) for variable in group] for group in groups]
+        return [[named.key for named in group] for group in groups]
 
     def _description(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """What all ranks must have in common, in words that an error can show."""

@@ -18,7 +18,8 @@ from ..report import Report
 from .arguments import checked_groups, checked_settings
 from .checkpoints import StateBase
 from .packing import Gradient
-from .reducer import Reducer, Settings, key_of, native
+from .reducer import Reducer
+from .settings import Settings, key_of, native
 
 __all__ = ["DistributedGradientTape", "PartialDistributedGradientTape", "TapeState"]
 
@@ -251,19 +252,7 @@ _reducers: dict[Hashable, Reducer] = {}
 
 
 def _reducer_for(settings: Settings, sources: Sequence[Any], name: str) -> Reducer:
-    key = (
-        name,
-        repr(settings.aggregator),
-        settings.schedule,
-        _hashable(settings.granularity),
-        getattr(settings.compression, "__name__", id(settings.compression)),
-        settings.gradient_predivide_factor,
-        _hashable(settings.groups),
-        settings.sparse_as_dense,
-        settings.process_set.process_set_id,
-        settings.op,
-        tuple((key_of(source, i), tuple(source.shape)) for i, source in enumerate(sources)),
-    )
+    key = (name, settings, tuple((key_of(source, i), tuple(source.shape)) for i, source in enumerate(sources)))
     if key not in _reducers:
         _reducers[key] = Reducer(settings)
         _take_up_restored()
@@ -309,10 +298,3 @@ class TapeState(StateBase):
         for unused in range(len(_reducers)):
             _restored.setdefault(unused, pack_memory({}, 0))
         _take_up_restored()
-
-
-def _hashable(lists: Any) -> Hashable:
-    if isinstance(lists, (list, tuple)):
-        return tuple(tuple(key_of(variable) for variable in group) for group in lists)
-    result: Hashable = lists
-    return result
