@@ -8,6 +8,7 @@ after its type; only :meth:`HorovodTensorFlow.allgather_bytes` is for there, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -16,7 +17,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from . import Pending, ready
 
-__all__ = ["HorovodTensorFlow", "make_variable"]
+__all__ = ["HorovodTensorFlow", "make_graph", "make_variable"]
 
 # Horovod has no function for these element types. Moving data needs none: the bytes travel as
 # another type of the same width. Adding does, so a sum is made in float32.
@@ -118,13 +119,13 @@ class HorovodTensorFlow:
         return ready(lambda: result)
 
     def allgather_bytes(self, data: bytes, name: str) -> list[bytes]:
-        @tf.function(autograph=False)
         def exchange(payload: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             lengths = self.allgather_rows(tf.shape(payload), f"{name}.length").wait()
             return lengths, self.allgather_rows(payload, f"{name}.bytes").wait()
 
         with tf.init_scope():
-            lengths, everything = exchange(tf.constant(list(data), tf.uint8, shape=(len(data),)))
+            payload = tf.constant(list(data), tf.uint8, shape=(len(data),))
+            lengths, everything = make_graph(exchange, tf.TensorSpec((None,), tf.uint8))(payload)
         received = everything.numpy().tobytes()
         parts, start = [], 0
         for length in lengths.numpy().tolist():
@@ -134,6 +135,16 @@ class HorovodTensorFlow:
 
     def _where(self) -> dict[str, Any]:
         return {"ignore_name_scope": True, "process_set": self.process_set}
+
+
+def make_graph(function: Callable[..., Any], *signature: Any) -> Callable[..., Any]:
+    """The graph of a function, for arguments of this signature, to be called from eager code.
+
+    A ``tf.function`` would trace in its first call, and TensorFlow warns of code that does so in call after call:
+    many models in one process are enough.
+    """
+    graph: Callable[..., Any] = tf.function(function, signature, autograph=False).get_concrete_function()
+    return graph
 
 
 def make_variable(value: tf.Tensor) -> tf.Variable:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 
+from ..collectives.horovod_tensorflow import make_graph
+
 __all__ = ["join"]
 
 
@@ -19,5 +21,5 @@ def join() -> tf.Tensor:
     the result, so that a second call returns at once, while other ranks still count on this one. A
     function made anew is evaluated anew.
     """
-    result: tf.Tensor = tf.function(mpi_ops.join, autograph=False)()
+    result: tf.Tensor = make_graph(lambda: mpi_ops.join())()
     return result

@@ -45,7 +45,7 @@ from .. import __version__, agreement
 from ..aggregators import Decision, Memory, Statistics, pack_memory, unpack_memory
 from ..binding import ONLY_SUMS, canonical_names, choose_schedule, group_parameters
 from ..collectives import host_name
-from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_variable
+from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_graph, make_variable
 from ..costs import Choice
 from ..engine.settings import check_members
 from ..report import Report
@@ -202,10 +202,10 @@ class Reducer:
     def _call(self, layout: Layout, unscale: tf.Tensor, gradients: list[Gradient]) -> list[Gradient]:
         """Run the graph of this layout from eager code, tracing it the first time."""
         if layout.compiled is None:
-            layout.compiled = tf.function(
+            layout.compiled = make_graph(
                 lambda unscale, *gradients: self._run(layout, unscale, list(gradients)),
-                input_signature=[tf.TensorSpec((), tf.float64), *(layout.slots[i].signature() for i in layout.active)],
-                autograph=False,
+                tf.TensorSpec((), tf.float64),
+                *(layout.slots[i].signature() for i in layout.active),
             )
         try:
             return list(layout.compiled(unscale, *gradients))
@@ -501,7 +501,7 @@ class Reducer:
         assert self._collectives is not None
         row = [[0] * 4] * self._collectives.size
         row[self._collectives.rank] = [1, 1, 0, digest]
-        sum_flags = tf.function(self._sum_flags, autograph=False)
+        sum_flags = make_graph(self._sum_flags, tf.TensorSpec((len(row), 4), tf.int64))
         seen = sum_flags(tf.constant(row, tf.int64)).numpy().tolist()
         gone = [rank for rank, flags in enumerate(seen) if not flags[0]]
         if gone:

@@ -145,3 +145,31 @@ def test_tapes_share_a_reducer_only_if_their_settings_are_equal(cluster):
         return [count, found, len(module._reducers) - before]
 
     assert cluster.run(tell_apart) == [[12, 5, 0]] * 2
+
+
+def test_many_models_in_a_process_are_no_cause_for_warnings(cluster):
+    def train() -> list[str]:
+        import logging
+
+        import tensorflow as tf
+        from tf_job import assert_equal_bits
+
+        import adacons_hvd.tensorflow as hvd
+
+        hvd.init()
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+        tf.get_logger().addHandler(handler)
+        models = [tf.Variable(tf.ones(3 + i)) for i in range(7)]
+        for weight in models:
+            for _ in range(2):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_sum(weight * weight) * (1.0 + hvd.rank())
+                weight.assign_sub(hvd.DistributedGradientTape(tape).gradient(loss, weight))
+            hvd.join()
+        tf.get_logger().removeHandler(handler)
+        assert_equal_bits(models)
+        return said
+
+    assert cluster.run(train) == [[]] * 2
