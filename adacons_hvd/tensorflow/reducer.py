@@ -47,9 +47,11 @@ from ..binding import ONLY_SUMS, canonical_names, choose_schedule, group_paramet
 from ..collectives import host_name
 from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_graph, make_variable
 from ..costs import Choice
+from ..agreement import by_ranks
 from ..engine.settings import check_members
 from ..report import Report
 from ..schedules import SCHEDULES, Step
+from . import errors
 from .packing import Gradient, Parcel, Slot, plan
 from .settings import Settings, key_of, native
 
@@ -122,16 +124,11 @@ class Layout:
 class _GraphStep(Step):
     """A step whose error is raised by the graph, because only the graph sees the values."""
 
-    checks: list[tf.Operation]
+    checks: list[tf.Tensor]
 
     def _refuse_nonfinite(self, statistics: Statistics) -> None:
-        finite = tf.reduce_all(tf.math.is_finite(statistics.squares), 0)
-        ranks = tf.reshape(tf.where(~finite), (-1,))
-        text = (
-            "the gradients of these ranks hold NaN or infinity (or are so large that their "
-            f"squares overflow), and {self.aggregator!r} was told to raise: "
-        )
-        self.checks.append(tf.debugging.Assert(tf.reduce_all(finite), [text, ranks], summarize=-1))
+        bad = tf.reduce_any(~tf.math.is_finite(statistics.squares), 0)
+        self.checks.append(errors.check(tf.reduce_any(bad), self.aggregator.refuse, lambda: [_where(bad)]))
 
 
 class Reducer:
@@ -210,11 +207,10 @@ class Reducer:
         try:
             return list(layout.compiled(unscale, *gradients))
         except tf.errors.InvalidArgumentError as error:
-            if _CHANGED in error.message:
-                raise agreement.DisagreementError(error.message) from error
-            if "was told to raise" in error.message:
-                raise FloatingPointError(error.message) from error
-            raise
+            judged = errors.decoded(error)
+            if judged is None:
+                raise
+            raise judged from error
 
     def _run(self, layout: Layout, unscale: tf.Tensor, gradients: list[Gradient]) -> list[Gradient]:
         """Add one step's operations to the graph."""
@@ -359,27 +355,25 @@ class Reducer:
             table = tf.stack([table[:, 0], table[:, 1], table[:, 0] * steps, table[:, 3]], 1)
         return self._sum_flags(table)
 
-    def _still_the_same_workers(self) -> tf.Operation:
+    def _still_the_same_workers(self) -> tf.Tensor:
         """Fail in a graph that was made for workers who were there before."""
         with tf.init_scope():
             now = self._generation.numpy()
-        return tf.debugging.Assert(tf.equal(self._generation, now), [_OUTDATED])
+        return errors.check(self._generation != now, _refuse_outdated, list)
 
-    def _still_agreed(self, layout: Layout, flags: tf.Tensor) -> tf.Operation:
+    def _still_agreed(self, layout: Layout, flags: tf.Tensor) -> tf.Tensor:
         """Fail, on every rank alike, unless all ranks are about to do the same."""
-        with tf.device("cpu"):
-            here = flags[:, 0] == 1
-            same = (flags[:, 1] == 0) & (flags[:, 3] == layout.digest)
-            changed = tf.reshape(tf.where(here & ~same), (-1,))
-            checks = [tf.debugging.Assert(tf.size(changed) == 0, [_CHANGED, changed], summarize=-1)]
-            if self.settings.aggregator is not None and self.settings.aggregator.needs_gramian:
-                gone = tf.reshape(tf.where(~here), (-1,))
-                left = (
-                    f"{self.settings.aggregator!r} needs the Gramian of all gradients, which cannot be computed "
-                    "once a rank has called hvd.join(). Ranks that did: "
-                )
-                checks.append(tf.debugging.Assert(tf.size(gone) == 0, [left, gone], summarize=-1))
-        return tf.group(*checks)
+        aggregator = self.settings.aggregator
+        gramian = aggregator is not None and aggregator.needs_gramian
+        here = flags[:, 0] == 1
+        fine = ~here | ((flags[:, 1] == 0) & (flags[:, 3] == layout.digest))
+        if gramian:
+            fine &= here
+        return errors.check(
+            ~tf.reduce_all(fine),
+            _refuse_disagreement,
+            lambda: [flags, tf.constant(layout.digest, tf.int64), repr(aggregator)],
+        )
 
     def _shared_memory(self, layout: Layout, flags: tf.Tensor) -> Memory:
         """What the aggregator remembers: of the rank that remembers the most steps, if ranks differ."""
@@ -680,15 +674,32 @@ class Reducer:
         return {name: variable.read_value() for name, variable in self._last.memory.items()}, self._collectives.size
 
 
-_OUTDATED = (
-    "Horovod was initialised anew after this function was traced, so it has to be traced again: call the "
-    "tf.function, not a concrete function taken from it, and use the hvd.elastic.run of adacons_hvd."
-)
+# --- what a graph asks of Python, see `errors` ------------------------------------------------------
 
-_CHANGED = (
-    "ranks no longer train the same parameters. Every rank must freeze, unfreeze and recompile at "
-    "the same step. Ranks that differ from this one: "
-)
+
+def _refuse_outdated() -> None:
+    raise RuntimeError(
+        "Horovod was initialised anew after this function was traced, so it has to be traced again: call the "
+        "tf.function, not a concrete function taken from it, and use the hvd.elastic.run of adacons_hvd."
+    )
+
+
+def _refuse_disagreement(table: list[list[int]], layout: int, aggregator: str) -> None:
+    changed = [rank for rank, (here, anew, _, digest) in enumerate(table) if here and (anew or digest != layout)]
+    if changed:
+        raise agreement.DisagreementError(
+            f"ranks no longer train the same parameters: {by_ranks(changed)} changed them and this rank did not. "
+            "Every rank must freeze, unfreeze and recompile at the same step."
+        )
+    gone = [rank for rank, row in enumerate(table) if not row[0]]
+    raise RuntimeError(
+        f"{aggregator} needs the Gramian of all gradients, which cannot be computed once a rank has called "
+        f"hvd.join(), and {by_ranks(gone)} did."
+    )
+
+
+def _where(condition: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(tf.where(condition), (-1,))
 
 
 def _identities(gradients: Sequence[Gradient]) -> list[Gradient]:

@@ -141,7 +141,7 @@ def test_gradients_that_are_not_finite(cluster):
             if policy == "raise":
                 with pytest.raises(tf.errors.InvalidArgumentError) as caught:
                     step(factor)
-                results.append('told to raise: " [1]' in str(caught.value) or "[1]" in str(caught.value))
+                results.append("the gradient of rank 1 holds NaN" in str(caught.value))
             else:
                 results.append(np.isfinite(step(factor).numpy()).all())
         return results
