@@ -398,3 +398,33 @@ def sparse_combine(
     weighted = weighted * tf.gather(tf.cast(weights, weighted.dtype), owners)[:, None]
     unique, summed = distinct(rows, weighted)
     return unique, tf.cast(summed, values.dtype)
+
+
+# --- comparing replicas ---------------------------------------------------------------------
+
+
+def digest(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
+    """A number (int64) that differs if bits of the tensors do.
+
+    The sum of their bits, eight bytes at a time. Integers are added, so the order in which a device adds makes no
+    difference: equal tensors have equal digests whatever processors hold them. Each tensor is read where it is.
+    """
+    total = tf.constant(0, tf.int64)
+    for tensor in tensors:
+        with tf.device(tensor.device):
+            total += _sum_of_words(tf.reshape(tensor, (-1,)))
+    return total
+
+
+def _sum_of_words(flat: tf.Tensor) -> tf.Tensor:
+    if flat.dtype == tf.bool:
+        flat = tf.cast(flat, tf.uint8)
+    size = flat.dtype.size
+    if size >= 8:
+        return tf.reduce_sum(tf.bitcast(flat, tf.int64))
+    together = 8 // size
+    whole = flat.shape[0] // together * together
+    total = tf.reduce_sum(tf.bitcast(tf.reshape(flat[:whole], (-1, together)), tf.int64))
+    if whole < flat.shape[0]:
+        total += tf.reduce_sum(tf.cast(tf.bitcast(flat[whole:], tf.uint8), tf.int64))
+    return total

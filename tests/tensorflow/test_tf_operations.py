@@ -147,3 +147,30 @@ def test_sparse_operations_on_nothing() -> None:
     rows, values = ours.sparse_combine(*nothing, tf.ones(2, tf.float64))
     assert rows.shape == (0,)
     assert values.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128", "int32", "int64", "uint8", "bool"]
+)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (64, 33)])
+def test_a_digest_tells_each_bit(dtype: str, shape: tuple[int, ...]) -> None:
+    numbers = np.random.default_rng(3).integers(0, 2, shape).astype("float32")
+    value = tf.cast(tf.constant(numbers), dtype)
+    array, same = np.array(value.numpy()), tf.Variable(value)
+    assert ours.digest([value, same]).numpy() == (ours.digest([same]) + ours.digest([value])).numpy()
+    assert ours.digest([value]).dtype == tf.int64
+    graph = tf.function(lambda: ours.digest([same]), autograph=False)
+    assert graph().numpy() == ours.digest([value]).numpy()
+    others = []
+    for place in {0, array.nbytes // 3, array.nbytes - 1}:
+        for bit in range(8) if dtype != "bool" else [0]:
+            raw = bytearray(array.tobytes())
+            raw[place] ^= 1 << bit
+            other = np.frombuffer(raw, array.dtype).reshape(shape)
+            others.append(ours.digest([tf.constant(other)]).numpy())
+    assert ours.digest([value]).numpy() not in others
+
+
+def test_digests_of_nothing() -> None:
+    assert ours.digest([]).numpy() == 0
+    assert ours.digest([tf.zeros((0, 3))]).numpy() == 0
