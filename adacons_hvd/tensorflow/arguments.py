@@ -17,6 +17,8 @@ from ..engine.settings import (
     check_op,
     check_predivide,
     check_process_set,
+    check_replicas_interval,
+    parameter_lists,
 )
 from .settings import Named, Settings, is_variable, key_of
 
@@ -37,11 +39,15 @@ def checked_settings(**given: Any) -> Settings:
         raise ValueError("gradient_predivide_factor is for op=Average only")
     granularity = check_granularity(given["granularity"], is_variable, key_of)
     groups = check_groups(given["groups"], is_variable, key_of)
+    if "check_replicas" in given:
+        check_replicas_interval(given["check_replicas"])
+    (may_differ,) = parameter_lists("may_differ", [given.pop("may_differ", ())], is_variable, key_of)
     return Settings(
         **{
             **given,
             "granularity": _named(granularity),
             "groups": _named(groups),
+            "may_differ": frozenset(map(key_of, may_differ)),
         }
     )
 

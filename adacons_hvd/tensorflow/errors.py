@@ -16,11 +16,14 @@ from typing import Any
 import tensorflow as tf
 
 from ..agreement import DisagreementError
+from ..engine.replicas import ReplicaError, StrayStepError
 
 __all__ = ["check", "decoded"]
 
 #: What a judge may raise.
-_ERRORS = {cls.__name__: cls for cls in (DisagreementError, FloatingPointError, RuntimeError)}
+_ERRORS = {
+    cls.__name__: cls for cls in (DisagreementError, FloatingPointError, ReplicaError, RuntimeError, StrayStepError)
+}
 
 #: How an error is written, between the brackets that TensorFlow puts around an assertion's text. That text is one line.
 _WRITTEN = re.compile(r"\[adacons_hvd (\w+): (.*)\]$", re.MULTILINE)

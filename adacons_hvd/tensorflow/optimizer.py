@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -12,6 +12,7 @@ from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from ..aggregators import Aggregator
 from ..binding import BUCKET_BYTES
+from ..engine.replicas import CHECK_REPLICAS
 
 __all__ = ["DistributedOptimizer"]
 
@@ -37,6 +38,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     schedule: str = "auto",
     granularity: str | Sequence[Sequence[Any]] = "model",
     bucket_bytes: int = BUCKET_BYTES,
+    check_replicas: int = CHECK_REPLICAS,
+    may_differ: Iterable[Any] = (),
 ) -> Any:
     """Wrap an optimizer so that its steps use the gradients of all workers.
 
@@ -51,7 +54,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
                 "an aggregator works with optimizers of Keras, not with tf.compat.v1.train's; "
                 "for those, take gradients from a DistributedGradientTape"
             )
-        ours = ("aggregator", "schedule", "granularity", "bucket_bytes")
+        ours = ("aggregator", "schedule", "granularity", "bucket_bytes", "check_replicas", "may_differ")
         return hvd.DistributedOptimizer(**{name: value for name, value in arguments.items() if name not in ours})
     from . import keras
 

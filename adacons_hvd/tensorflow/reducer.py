@@ -11,6 +11,12 @@ step and knows no Python values. So the work is divided:
 * **Every step, in the graph**: one small sum (``flags``) makes sure that all ranks still follow
   the same layout before anything else is sent. It depends on nothing, so it is over before backward
   is. Should one rank have changed what it trains and the others not, this is where all find out.
+  What a rank finds in the flags, Python's functions say in words; see :mod:`.errors`.
+
+Every so many steps a digest of the variables travels with the flags (``engine.replicas``). Steps are
+counted from the one in which ranks laid out together, in a ``tf.Variable`` of the layout, because
+each layout has variables of its own to compare. The count travels, too. Where it differs, a rank is
+back that had joined, and all begin to count anew.
 
 The same sum tells who has left with ``hvd.join()``. After that Horovod only adds, so the graph
 holds a second way through the step, by sums alone, and takes it among those who are still here.
@@ -24,15 +30,17 @@ once and called.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import threading
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
@@ -43,17 +51,19 @@ from tensorflow.python.ops import control_flow_util
 
 from .. import __version__, agreement
 from ..aggregators import Decision, Memory, Statistics, pack_memory, unpack_memory
+from ..agreement import by_ranks
 from ..binding import ONLY_SUMS, canonical_names, choose_schedule, group_parameters
 from ..collectives import host_name
 from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_graph, make_variable
 from ..costs import Choice
-from ..agreement import by_ranks
+from ..engine.replicas import compare_replicas, is_due, stray_step
 from ..engine.settings import check_members
+from ..ops.tensorflow import digest
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from . import errors
 from .packing import Gradient, Parcel, Slot, plan
-from .settings import Settings, key_of, native
+from .settings import Settings, is_variable, key_of, native
 
 __all__ = ["Reducer", "Settings", "key_of", "native"]
 
@@ -63,6 +73,31 @@ NO_XLA = (
     "a tf.function with jit_compile=True. Leave jit_compile out of the function that takes the "
     "optimizer's step; functions it calls, such as the model's, may keep it."
 )
+
+
+#: How many seconds a rank that is about to raise a ``StrayStepError`` waits for the others to hear of it.
+STRAY_SECONDS = 60
+
+
+class Flags(NamedTuple):
+    """What each rank tells the others before it sends anything else; all zeros if it has joined.
+
+    A row of the table that is summed; and, of the sum, the columns.
+    """
+
+    here: Any = 1
+    #: Whether this rank lays out its parameters, and waits for the others to do so.
+    anew: Any = 0
+    #: How many steps its aggregator remembers.
+    steps: Any = 0
+    #: The digest of its layout's description.
+    layout: Any = 0
+    #: How many steps it has taken since ranks laid out together.
+    count: Any = 0
+    #: The digest of its variables, 0 in a step in which they are not compared.
+    replicas: Any = 0
+    #: Whether it took a step along gradients that were never aggregated.
+    stray: Any = 0
 
 
 # How many reducers have been used on each process set. The number is part of the names of a
@@ -113,12 +148,18 @@ class Layout:
     labels: tuple[Hashable, ...]
     choice: Choice
     digest: int
-    #: ``[N, 4]`` int64 with this rank's row of the flags: here, laying out anew, steps, digest. A
-    #: variable, because TensorFlow would evaluate a collective of constants once and for all.
-    flags: tf.Variable
+    #: 1 for this rank and 0 for the others, int64. A variable, because TensorFlow would evaluate a
+    #: collective of constants once and for all.
+    here: tf.Variable
+    #: How many steps were taken since ranks laid this out together, int64.
+    count: tf.Variable
+    #: Indices of the slots whose variables are compared between ranks.
+    compared: list[int]
     #: What the aggregator remembers of these groups.
     memory: dict[str, tf.Variable]
+    #: For eager code: the graph of a step, and that of the digests of the variables.
     compiled: Any = None
+    digests: Any = None
 
 
 class _GraphStep(Step):
@@ -172,9 +213,12 @@ class Reducer:
             gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
         layout = self._layout(gradients, variables)
         chosen = [layout.slots[i].normal(gradients[i]) for i in layout.active]
+        compared = [native(variables[i]) for i in layout.compared]
         unscale = tf.cast(unscale, tf.float64)
-        do = self._call if tf.executing_eagerly() else self._run
-        results = do(layout, unscale, chosen)
+        if tf.executing_eagerly():
+            results = self._call(layout, unscale, compared, chosen)
+        else:
+            results = self._run(layout, unscale, self._digests(layout, compared), chosen)
         everything: list[Gradient | None] = [None] * len(gradients)
         for index, result in zip(layout.active, results, strict=True):
             everything[index] = result
@@ -196,35 +240,72 @@ class Reducer:
             self._number = _take_number(self.settings.process_set)
         self._loss_scaling |= loss_scaling
 
-    def _call(self, layout: Layout, unscale: tf.Tensor, gradients: list[Gradient]) -> list[Gradient]:
+    def _call(
+        self, layout: Layout, unscale: tf.Tensor, compared: Sequence[tf.Variable], gradients: list[Gradient]
+    ) -> list[Gradient]:
         """Run the graph of this layout from eager code, tracing it the first time."""
         if layout.compiled is None:
             layout.compiled = make_graph(
-                lambda unscale, *gradients: self._run(layout, unscale, list(gradients)),
+                lambda unscale, digests, *gradients: self._run(layout, unscale, digests, list(gradients)),
                 tf.TensorSpec((), tf.float64),
+                tf.TensorSpec((len(compared),), tf.int64),
                 *(layout.slots[i].signature() for i in layout.active),
             )
+        digests = tf.zeros((len(compared),), tf.int64)
+        if compared and is_due(int(layout.count.numpy()), self.settings.check_replicas):
+            if layout.digests is None:
+                # Of their values: the graph would keep variables for as long as it is there itself.
+                specs = [tf.TensorSpec(variable.shape, variable.dtype) for variable in compared]
+                layout.digests = make_graph(lambda *values: _digests_of(values), *specs)
+            digests = layout.digests(*(variable.read_value() for variable in compared))
         try:
-            return list(layout.compiled(unscale, *gradients))
+            return list(layout.compiled(unscale, digests, *gradients))
         except tf.errors.InvalidArgumentError as error:
             judged = errors.decoded(error)
             if judged is None:
                 raise
             raise judged from error
 
-    def _run(self, layout: Layout, unscale: tf.Tensor, gradients: list[Gradient]) -> list[Gradient]:
+    def _digests(self, layout: Layout, compared: Sequence[tf.Variable]) -> tf.Tensor:
+        """Add the digests of the variables to the graph; zeros in a step in which they are not compared."""
+
+        def none() -> tf.Tensor:
+            return tf.zeros((len(compared),), tf.int64)
+
+        if not compared:
+            return none()
+        with tf.device("cpu"):
+            count, interval = layout.count.read_value(), self.settings.check_replicas
+            due = (count > 0) & ((count == 1) | (count % interval == 0))  # as `is_due` says
+            return tf.cond(due, lambda: _digests_of(compared), none)
+
+    def _run(self, layout: Layout, unscale: tf.Tensor, digests: tf.Tensor, gradients: list[Gradient]) -> list[Gradient]:
         """Add one step's operations to the graph."""
         assert self._collectives is not None
         with tf.device("cpu"):
             with tf.control_dependencies([self._still_the_same_workers()]):
-                flags = self._flags(layout)
-            with tf.control_dependencies([self._still_agreed(layout, flags)]):
+                table = self._flags(layout, digests)
+            with tf.control_dependencies([self._still_agreed(layout, table)]):
                 # Nothing is sent before ranks know that they send the same, and nothing learnt from
                 # the flags either: a rank that changes what it trains remembers no steps.
-                flags = tf.identity(flags)
-            all_here = tf.reduce_all(flags[:, 0] == 1)
-        with tf.control_dependencies([flags]):
+                table = tf.identity(table)
+            with tf.control_dependencies([self._replicas_are_equal(layout, table, digests)]):
+                flags = Flags(*tf.unstack(table, axis=1))
+            here = flags.here == 1
+            # A rank that is back after it had joined has missed steps.
+            missed = tf.reduce_any(here & (flags.count != flags.count[self._collectives.rank]))
+            count = tf.where(missed, tf.constant(0, tf.int64), flags.count[self._collectives.rank])
+        with tf.control_dependencies([flags.here]):
             gradients = _identities(gradients)
+        results = self._results(layout, unscale, flags, gradients)
+        with tf.control_dependencies(tf.nest.flatten(results, expand_composites=True)):
+            # No step that ends with an error counts, on any rank.
+            layout.count.assign(count + 1)
+        return results
+
+    def _results(self, layout: Layout, unscale: tf.Tensor, flags: Flags, gradients: list[Gradient]) -> list[Gradient]:
+        """The aggregated gradients, once it is known that ranks agree."""
+        all_here = tf.reduce_all(flags.here == 1)
         if self.settings.aggregator is None:
             return self._average(layout, gradients, all_here)
         if not layout.parcels:  # nothing has any elements
@@ -347,13 +428,16 @@ class Reducer:
         values = total.values / tf.cast(collectives.size, total.values.dtype)
         return tf.IndexedSlices(values, total.indices, total.dense_shape)
 
-    def _flags(self, layout: Layout) -> tf.Tensor:
+    def _flags(self, layout: Layout, digests: tf.Tensor) -> tf.Tensor:
         """Every rank's row of the flags; zeros for those that have joined."""
-        table = layout.flags.read_value()
-        if layout.memory:
-            steps = tf.cast(tf.reduce_max(layout.memory["steps"]), tf.int64)
-            table = tf.stack([table[:, 0], table[:, 1], table[:, 0] * steps, table[:, 3]], 1)
-        return self._sum_flags(table)
+        mine = Flags(
+            steps=tf.cast(tf.reduce_max(layout.memory["steps"]), tf.int64) if layout.memory else 0,
+            layout=layout.digest,
+            count=layout.count.read_value(),
+            replicas=tf.reduce_sum(digests),
+        )
+        row = tf.stack([tf.cast(value, tf.int64) for value in mine])
+        return self._sum(layout.here.read_value()[:, None] * row, "flags")
 
     def _still_the_same_workers(self) -> tf.Tensor:
         """Fail in a graph that was made for workers who were there before."""
@@ -361,28 +445,45 @@ class Reducer:
             now = self._generation.numpy()
         return errors.check(self._generation != now, _refuse_outdated, list)
 
-    def _still_agreed(self, layout: Layout, flags: tf.Tensor) -> tf.Tensor:
+    def _still_agreed(self, layout: Layout, table: tf.Tensor) -> tf.Tensor:
         """Fail, on every rank alike, unless all ranks are about to do the same."""
         aggregator = self.settings.aggregator
         gramian = aggregator is not None and aggregator.needs_gramian
-        here = flags[:, 0] == 1
-        fine = ~here | ((flags[:, 1] == 0) & (flags[:, 3] == layout.digest))
+        flags = Flags(*tf.unstack(table, axis=1))
+        here = flags.here == 1
+        fine = ~here | ((flags.anew == 0) & (flags.stray == 0) & (flags.layout == layout.digest))
         if gramian:
             fine &= here
         return errors.check(
             ~tf.reduce_all(fine),
             _refuse_disagreement,
-            lambda: [flags, tf.constant(layout.digest, tf.int64), repr(aggregator)],
+            lambda: [table, tf.constant(layout.digest, tf.int64), repr(aggregator)],
         )
 
-    def _shared_memory(self, layout: Layout, flags: tf.Tensor) -> Memory:
+    def _replicas_are_equal(self, layout: Layout, table: tf.Tensor, digests: tf.Tensor) -> tf.Tensor:
+        """Fail, on every rank alike, if ranks have compared their variables and these differ."""
+        assert self._collectives is not None
+        flags = Flags(*tf.unstack(table, axis=1))
+        mine = Flags(*(column[self._collectives.rank] for column in flags))
+        here = flags.here == 1
+        # Where a rank is back that had joined, some ranks may compare in this step and others not.
+        together = tf.reduce_all(~here | (flags.count == mine.count))
+        differ = together & tf.reduce_any(here & (flags.replicas != mine.replicas))
+
+        def everyone() -> list[tf.Tensor]:
+            names = tf.constant(_distinct([layout.slots[i].name for i in layout.compared]))
+            rows = self._sum(layout.here.read_value()[:, None] * digests, "replicas")
+            return [rows, here, names, mine.count]
+
+        return errors.check(differ, _refuse_drifted, everyone)
+
+    def _shared_memory(self, layout: Layout, flags: Flags) -> Memory:
         """What the aggregator remembers: of the rank that remembers the most steps, if ranks differ."""
         collectives = self._collectives
         assert collectives is not None
         own = {name: variable.read_value() for name, variable in layout.memory.items()}
-        steps = flags[:, 2]
-        root = tf.argmax(steps)
-        differ = tf.reduce_any((flags[:, 0] == 1) & (steps != steps[root]))
+        root = tf.argmax(flags.steps)
+        differ = tf.reduce_any((flags.here == 1) & (flags.steps != flags.steps[root]))
 
         def share() -> list[tf.Tensor]:
             collectives.start()
@@ -395,15 +496,48 @@ class Reducer:
         values = tf.cond(differ, share, lambda: list(own.values()))
         return dict(zip(own, values, strict=True))
 
-    def _sum_flags(self, table: tf.Tensor) -> tf.Tensor:
-        flags = mpi_ops._allreduce(
+    def _sum(self, table: tf.Tensor, what: str) -> tf.Tensor:
+        """The sum of all ranks' tables."""
+        total = mpi_ops._allreduce(
             table,
-            name=f"{self.name}.flags",
+            name=f"{self.name}.{what}",
             op=mpi_ops.Sum,
             ignore_name_scope=True,
             process_set=self.settings.process_set,
         )
-        return tf.ensure_shape(flags, table.shape)
+        return tf.ensure_shape(total, table.shape)
+
+    def _tell(self, mine: Flags) -> Flags:
+        """Tell the other ranks something at once, from eager code; what all of them told, in columns."""
+        assert self._collectives is not None
+        table = [list(Flags(here=0))] * self._collectives.size
+        table[self._collectives.rank] = list(mine)
+        graph = make_graph(lambda table: self._sum(table, "flags"), tf.TensorSpec((len(table), len(mine)), tf.int64))
+        return Flags(*graph(tf.constant(table, tf.int64)).numpy().T.tolist())
+
+    def stray(self, how: str) -> None:
+        """Tell all ranks that this one took a step along gradients that were never aggregated, and raise the error.
+
+        The others get the same error in their step or while they lay out. If they take none, this rank waits
+        for :data:`STRAY_SECONDS` and then raises the error alone.
+        """
+        if not self.settings.process_set.included():
+            return
+        with tf.init_scope():
+            self.prepare()
+        assert self._collectives is not None
+        ranks = [self._collectives.rank]
+
+        def tell() -> None:
+            # Horovod's own error means that it is shutting down, so the others have ended.
+            with contextlib.suppress(tf.errors.OpError):
+                ranks[:] = _ranks_of(self._tell(Flags(stray=1)).stray)
+
+        # In a thread of its own, because Horovod has no limit on how long it waits.
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(STRAY_SECONDS)
+        raise stray_step(list(ranks), how)
 
     # --- once per layout ------------------------------------------------------------------------
 
@@ -483,28 +617,45 @@ class Reducer:
         only_sums = choice.schedule == ONLY_SUMS.schedule and not any(slot.sparse for slot in used)
         if settings.aggregator is not None and not settings.aggregator.needs_gramian and not only_sums:
             apart = parcels_for(ONLY_SUMS.schedule, [replace(slot, sparse=False) for slot in used])
-        row = [[0] * 4] * self._collectives.size
-        row[self._collectives.rank] = [1, 0, 0, digest]
         with tf.device("cpu"):
-            flags = make_variable(tf.constant(row, tf.int64))
-        memory = self._memory_of(labels)
-        return Layout(slots, active, parcels_for(choice.schedule, used), apart, labels, choice, digest, flags, memory)
+            here = make_variable(tf.one_hot(self._collectives.rank, self._collectives.size, dtype=tf.int64))
+            count = make_variable(tf.zeros((), tf.int64))
+        return Layout(
+            slots,
+            active,
+            parcels_for(choice.schedule, used),
+            apart,
+            labels,
+            choice,
+            digest,
+            here,
+            count,
+            self._compared(variables, slots),
+            self._memory_of(labels),
+        )
+
+    def _compared(self, variables: Sequence[Any], slots: Sequence[Slot]) -> list[int]:
+        """The slots whose variables are compared between ranks; a mere tensor has no value to keep equal."""
+        if not self.settings.check_replicas:
+            return []
+        return [
+            slot.index
+            for slot, variable in zip(slots, variables, strict=True)
+            if is_variable(variable) and slot.key not in self.settings.may_differ
+        ]
 
     def _meet(self, digest: int) -> None:
         """Tell the other ranks that this one lays out anew, and make sure that they do, too."""
-        assert self._collectives is not None
-        row = [[0] * 4] * self._collectives.size
-        row[self._collectives.rank] = [1, 1, 0, digest]
-        sum_flags = make_graph(self._sum_flags, tf.TensorSpec((len(row), 4), tf.int64))
-        seen = sum_flags(tf.constant(row, tf.int64)).numpy().tolist()
-        gone = [rank for rank, flags in enumerate(seen) if not flags[0]]
+        seen = self._tell(Flags(anew=1, layout=digest))
+        _refuse_stray(seen)
+        gone = [rank for rank, here in enumerate(seen.here) if not here]
         if gone:
-            raise RuntimeError(f"ranks {gone} have called hvd.join(); new parameters cannot be agreed on without them")
-        settled = [rank for rank, flags in enumerate(seen) if not flags[1]]
+            raise RuntimeError(f"{by_ranks(gone)} called hvd.join(); new parameters cannot be agreed on without them")
+        settled = [rank for rank, anew in enumerate(seen.anew) if not anew]
         if settled:
             raise agreement.DisagreementError(
-                f"this rank trains other parameters than in the step before, but ranks {settled} do "
-                "not. Every rank must freeze, unfreeze and recompile at the same step."
+                f"this rank trains other parameters than in the step before, but {by_ranks(settled)} did "
+                "not change them. Every rank must freeze, unfreeze and recompile at the same step."
             )
 
     def _choose_schedule(self, slots: Sequence[Slot], hosts: Sequence[str]) -> Choice:
@@ -562,6 +713,8 @@ class Reducer:
             "sparse_as_dense": settings.sparse_as_dense,
             "bucket_bytes": settings.bucket_bytes,
             "loss_scaling": self._loss_scaling,
+            "check_replicas": settings.check_replicas,
+            "may_differ": [slot.name for slot in slots if slot.key in settings.may_differ],
             "parameters": [[slot.name, slot.dtype.name, str(slot.shape), f"group {slot.group}"] for slot in slots],
         }
 
@@ -684,22 +837,50 @@ def _refuse_outdated() -> None:
     )
 
 
+def _refuse_stray(flags: Flags) -> None:
+    stray = _ranks_of(flags.stray)
+    if stray:
+        raise stray_step(stray, "the error on that rank says how")
+
+
 def _refuse_disagreement(table: list[list[int]], layout: int, aggregator: str) -> None:
-    changed = [rank for rank, (here, anew, _, digest) in enumerate(table) if here and (anew or digest != layout)]
+    flags = Flags(*zip(*table, strict=True))
+    _refuse_stray(flags)
+    changed = [
+        rank for rank, row in enumerate(map(Flags._make, table)) if row.here and (row.anew or row.layout != layout)
+    ]
     if changed:
         raise agreement.DisagreementError(
             f"ranks no longer train the same parameters: {by_ranks(changed)} changed them and this rank did not. "
             "Every rank must freeze, unfreeze and recompile at the same step."
         )
-    gone = [rank for rank, row in enumerate(table) if not row[0]]
+    gone = [rank for rank, here in enumerate(flags.here) if not here]
     raise RuntimeError(
         f"{aggregator} needs the Gramian of all gradients, which cannot be computed once a rank has called "
         f"hvd.join(), and {by_ranks(gone)} did."
     )
 
 
+def _refuse_drifted(digests: list[list[int]], here: list[bool], names: list[str], count: int) -> None:
+    compare_replicas({rank: row for rank, row in enumerate(digests) if here[rank]}, names, count + 1)
+
+
+def _ranks_of(column: Sequence[int]) -> list[int]:
+    return [rank for rank, value in enumerate(column) if value]
+
+
 def _where(condition: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.where(condition), (-1,))
+
+
+def _digests_of(variables: Sequence[Any]) -> tf.Tensor:
+    return tf.stack([digest([variable]) for variable in variables])
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names that tell variables apart, also where several were given none."""
+    often = Counter(names)
+    return [f"{name} (number {i})" if often[name] > 1 else name for i, name in enumerate(names)]
 
 
 def _identities(gradients: Sequence[Gradient]) -> list[Gradient]:

@@ -15,6 +15,7 @@ from horovod.tensorflow.mpi_ops import ProcessSet
 from ..aggregators import Aggregator
 from ..binding import BUCKET_BYTES
 from ..costs import Network
+from ..engine.replicas import CHECK_REPLICAS
 
 __all__ = ["Named", "Settings", "is_variable", "key_of", "native"]
 
@@ -77,3 +78,6 @@ class Settings:
     op: int = hvd.Average
     device_dense: str = ""
     device_sparse: str = ""
+    check_replicas: int = CHECK_REPLICAS
+    #: The keys of variables that are meant to differ between ranks.
+    may_differ: frozenset[Hashable] = frozenset()

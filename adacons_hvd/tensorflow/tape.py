@@ -14,6 +14,7 @@ from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 from ..aggregators import Aggregator, pack_memory
 from ..binding import BUCKET_BYTES
 from ..costs import Network
+from ..engine.replicas import CHECK_REPLICAS
 from ..report import Report
 from .arguments import checked_groups, checked_settings
 from .checkpoints import StateBase
@@ -42,6 +43,8 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
     schedule: str | Network = "auto",
     granularity: str | Sequence[Sequence[Any]] = "model",
     bucket_bytes: int = BUCKET_BYTES,
+    check_replicas: int = CHECK_REPLICAS,
+    may_differ: Iterable[Any] = (),
     name: str = "",
 ) -> tf.GradientTape:
     """Wrap a tape so that its gradients are those of all workers.
@@ -74,6 +77,10 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
             paper), ``"layer"`` (every tensor has its own), or lists of variables (those in no
             list form one more group).
         bucket_bytes: how much gradient makes one message.
+        check_replicas: every how many steps ranks compare the variables they are asked about, and all
+            raise a ``ReplicaError`` if these differ (inside a ``tf.function`` of yours an
+            ``InvalidArgumentError`` with the same text); 0 never.
+        may_differ: variables that are meant to differ between ranks, left out of that.
         name: tells apart tapes that take other gradients of the same variables, as of two losses.
 
     The returned tape has one more attribute, ``report``: a :class:`adacons_hvd.report.Report` on
@@ -105,6 +112,8 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
         op=op,
         device_dense=device_dense,
         device_sparse=device_sparse,
+        check_replicas=check_replicas,
+        may_differ=may_differ,
     )
     # As in Horovod, the result is of a new class derived from the tape's own, and it takes over
     # what the tape has recorded.

@@ -8,7 +8,9 @@ pytestmark = [pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow"),
 
 
 @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
-@pytest.mark.parametrize("difference", ["aggregator", "no aggregator", "schedule", "granularity", "bucket_bytes"])
+@pytest.mark.parametrize(
+    "difference", ["aggregator", "no aggregator", "schedule", "granularity", "bucket_bytes", "check_replicas"]
+)
 def test_tapes_that_differ_are_an_error_on_every_rank(cluster, in_graph, difference):
     def disagree(in_graph: bool, difference: str) -> list[str]:
         import tensorflow as tf
@@ -21,6 +23,7 @@ def test_tapes_that_differ_are_an_error_on_every_rank(cluster, in_graph, differe
         weights = tf.Variable([1.0, 2.0])
         options = {"aggregator": AdaCons(), "schedule": "one-pass"}
         others = {"aggregator": AdaCons(momentum=0), "schedule": "gather", "granularity": "layer", "bucket_bytes": 8}
+        others["check_replicas"] = 10
         if hvd.rank() == 1:
             options[difference.removeprefix("no ")] = others.get(difference)
 

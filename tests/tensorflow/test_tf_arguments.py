@@ -34,6 +34,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"bucket_bytes": 1.5}, "bucket_bytes must be a positive whole number, got 1.5"),
     ({"gradient_predivide_factor": "2"}, "gradient_predivide_factor must be a positive number, got '2'"),
     ({"op": "Sum"}, "op=Sum and an aggregator are two answers to one question"),
+    ({"check_replicas": -1}, "check_replicas must be a whole number of steps, or 0 to compare replicas never, got -1"),
+    (
+        {"check_replicas": 0.5},
+        "check_replicas must be a whole number of steps, or 0 to compare replicas never, got 0.5",
+    ),
+    ({"may_differ": "variable"}, "may_differ must be lists of parameters"),
+    ({"may_differ": [3]}, "may_differ must hold parameters, found int"),
 ]
 
 
@@ -128,6 +135,8 @@ def test_tapes_share_a_reducer_only_if_their_settings_are_equal(cluster):
             {"granularity": [weights]},
             {"groups": [weights[:1]]},
             {"sparse_as_dense": True},
+            {"check_replicas": 7},
+            {"may_differ": weights[:1]},
         ]
         # Made anew for every step, equal settings are equal.
         count = len({wrapped(**options)[0]._settings for options in [*different, *different]})
@@ -144,7 +153,7 @@ def test_tapes_share_a_reducer_only_if_their_settings_are_equal(cluster):
         gc.collect()
         return [count, found, len(module._reducers) - before]
 
-    assert cluster.run(tell_apart) == [[12, 5, 0]] * 2
+    assert cluster.run(tell_apart) == [[14, 5, 0]] * 2
 
 
 def test_many_models_in_a_process_are_no_cause_for_warnings(cluster):

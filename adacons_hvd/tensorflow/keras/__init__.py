@@ -5,7 +5,7 @@ import adacons_hvd.tensorflow.keras as hvd        # was: import horovod.tensorfl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +21,7 @@ from horovod.tensorflow.keras import Average, Compression, ProcessSet, global_pr
 from ...aggregators import AdaCons as AdaCons
 from ...aggregators import Aggregator
 from ...binding import BUCKET_BYTES
+from ...engine.replicas import CHECK_REPLICAS
 from ...keras.arguments import distribute, keep_local, make_load_model
 
 # Horovod's modules of these names are here already, and would be what `from . import` finds.
@@ -48,6 +49,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     schedule: str = "auto",
     granularity: str | Sequence[Sequence[Any]] = "model",
     bucket_bytes: int = BUCKET_BYTES,
+    check_replicas: int = CHECK_REPLICAS,
+    may_differ: Iterable[Any] = (),
 ) -> Any:
     """Wrap an optimizer so that its steps use the gradients of all workers.
 
@@ -82,6 +85,10 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             paper), ``"layer"`` (every tensor has its own), or lists of variables (those in no
             list form one more group).
         bucket_bytes: how much gradient makes one message.
+        check_replicas: every how many steps ranks compare the variables they train, and all raise an
+            error if these differ; 0 never.
+        may_differ: variables that are meant to differ between ranks, left out of that. Local
+            variables are left out by themselves.
 
     The returned optimizer has three more attributes: ``aggregator``; ``report``, a
     :class:`adacons_hvd.report.Report` on the last step, or None; and ``register_local_var``, as in
