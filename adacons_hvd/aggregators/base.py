@@ -45,7 +45,7 @@ class Statistics:
         ops = ops_for(gradients)
         table = ops.gramian(gradients) if gramian else ops.consensus(gradients)
         if present is None:
-            present = ops.zeros((ops.shape(table)[0],), table) == 0
+            present = ops.booleans((ops.shape(table)[0],), True, table)
         return cls.read(table, present, gramian)
 
     @classmethod
@@ -124,8 +124,8 @@ class Aggregator:
         """Return the weights and the new memory. The default is for aggregators without one."""
         weights = self.weights(statistics)
         ops = ops_for(weights)
-        never = ops.total(statistics.squares) < 0
-        return Decision(weights, memory, never)
+        no = ops.booleans((*ops.shape(statistics.squares)[:-1], 1), False, weights)
+        return Decision(weights, memory, fallback=no)
 
     def resize(self, memory: Memory, workers: int) -> Memory:
         """Return ``memory`` made for another number of workers; by default it starts afresh."""

@@ -6,26 +6,31 @@ exist before. So this package never pulls in a framework, and supporting another
 a file here, not touching the mathematics. There is no numpy in between, because a round trip
 through the host would stall an accelerator on every step and cannot be traced into a graph.
 
-Two kinds of functions live there:
+Two kinds of functions live there, listed in :class:`Ops`:
 
 * *small* operations on the statistics of N workers (``[..., N]``, always float64), which read
-  like the array functions they are: ``sqrt``, ``where``, ``sort``, ``take``, ...
+  like the array functions they are: ``sqrt``, ``where``, ``argsort``, ``take``, ...
 * *large* operations on gradients, the only ones whose speed matters: ``consensus``, ``gramian``,
-  ``moments``, ``combine``, ``scaled``. Each accumulates in float32 or wider and reads its
-  operands from memory as few times as it can.
+  ``moments``, ``combine``, ... Each accumulates in float32 or wider and reads its operands from
+  memory as few times as it can.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-__all__ = ["Tensor", "ops_for"]
+from .protocol import Ops, Tensor
 
-#: A tensor of any supported framework. The mathematics only uses operators and :func:`ops_for`.
-Tensor = Any
+if TYPE_CHECKING:
+    # So that mypy holds each framework's module against the protocol.
+    from . import tensorflow as _tensorflow
+    from . import torch as _torch
+
+    _implementations: tuple[Ops, ...] = (_torch, _tensorflow)
+
+__all__ = ["Ops", "Tensor", "ops_for"]
 
 #: An angle whose multiples are spread over the circle: the source of signs that change every step.
 TURN = 2.399963229728653
@@ -34,15 +39,15 @@ TURN = 2.399963229728653
 _FRAMEWORKS = ("torch", "tensorflow")
 
 # Looked up for every operation, so what was found is kept.
-_known: dict[type, ModuleType] = {}
+_known: dict[type, Ops] = {}
 
 
-def ops_for(tensor: Tensor) -> ModuleType:
+def ops_for(tensor: Tensor) -> Ops:
     """Return the operations module for ``tensor``'s framework.
 
     >>> import torch
-    >>> ops_for(torch.ones(3)).__name__
-    'adacons_hvd.ops.torch'
+    >>> ops_for(torch.ones(3)).shape(torch.ones(3))
+    (3,)
     """
     known = _known.get(type(tensor))
     if known is not None:
@@ -51,7 +56,7 @@ def ops_for(tensor: Tensor) -> ModuleType:
         framework = sys.modules.get(name)
         if framework is None:
             continue
-        ops = importlib.import_module(f"{__name__}.{name}")
+        ops = cast(Ops, importlib.import_module(f"{__name__}.{name}"))
         if ops.owns(tensor):
             return _known.setdefault(type(tensor), ops)
     raise TypeError(

@@ -55,6 +55,11 @@ def zeros(shape: Sequence[int], reference: tf.Tensor) -> tf.Tensor:
     return tf.zeros(tuple(shape), tf.float64)
 
 
+def booleans(shape: Sequence[int], value: bool, reference: tf.Tensor) -> tf.Tensor:
+    """A tensor that is true everywhere, or false."""
+    return tf.fill(tuple(shape), value)
+
+
 def zeros_like(x: tf.Tensor) -> tf.Tensor:
     return tf.zeros_like(x)
 

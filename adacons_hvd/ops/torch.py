@@ -61,6 +61,11 @@ def zeros(shape: Sequence[int], reference: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tuple(shape), dtype=torch.float64, device=reference.device)
 
 
+def booleans(shape: Sequence[int], value: bool, reference: torch.Tensor) -> torch.Tensor:
+    """A tensor that is true everywhere, or false."""
+    return torch.full(tuple(shape), value, dtype=torch.bool, device=reference.device)
+
+
 def zeros_like(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(x)
 

@@ -91,7 +91,7 @@ class Step:
 
         if takes_part is None and all(bucket.complete for bucket in buckets):
             table = self._by_group([share for share, _ in shares], (workers, width), reference)
-            return Statistics.read(table, ops.zeros((self.groups, workers), table) == 0, gramian)
+            return Statistics.read(table, ops.booleans((self.groups, workers), True, table), gramian)
 
         # What every worker knows in full must be counted once: each gives its own row of it.
         rank = self.collectives.rank

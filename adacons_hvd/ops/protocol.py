@@ -1,0 +1,195 @@
+"""The tensor operations that the mathematics needs, as a type: what each framework's module has to offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+__all__ = ["Ops", "Tensor"]
+
+#: A tensor of any supported framework. The mathematics only uses operators and an :class:`Ops`.
+Tensor = Any
+
+
+class Ops(Protocol):
+    """A framework's operations. Each is a module with these functions."""
+
+    def owns(self, tensor: object) -> bool: ...
+
+    # --- small operations ---
+
+    def wide(self, x: Tensor) -> Tensor: ...
+
+    def floating(self, x: Tensor) -> Tensor:
+        """``x`` as real numbers that have fractions; whole numbers are converted."""
+        ...
+
+    def like(self, values: Iterable[float], reference: Tensor) -> Tensor:
+        """Constants, where ``reference`` is. They must not be changed in place."""
+        ...
+
+    def beside(self, x: Tensor, reference: Tensor) -> Tensor:
+        """``x`` on the device of ``reference``."""
+        ...
+
+    def zeros(self, shape: Sequence[int], reference: Tensor) -> Tensor: ...
+
+    def booleans(self, shape: Sequence[int], value: bool, reference: Tensor) -> Tensor:
+        """A tensor that is true everywhere, or false."""
+        ...
+
+    def zeros_like(self, x: Tensor) -> Tensor: ...
+
+    def ones_like(self, x: Tensor) -> Tensor: ...
+
+    def shape(self, x: Tensor) -> tuple[int, ...]: ...
+
+    def to_list(self, x: Tensor) -> Any:
+        """The values as Python numbers: waits for the device, so never called in a normal step."""
+        ...
+
+    def sqrt(self, x: Tensor) -> Tensor: ...
+
+    def absolute(self, x: Tensor) -> Tensor: ...
+
+    def floor(self, x: Tensor) -> Tensor: ...
+
+    def clip(self, x: Tensor, lowest: float, highest: float) -> Tensor: ...
+
+    def where(self, condition: Tensor, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def isfinite(self, x: Tensor) -> Tensor: ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the last axis, which is kept."""
+        ...
+
+    def every(self, x: Tensor) -> Tensor:
+        """Whether all are true along the last axis, which is kept."""
+        ...
+
+    def any_of(self, x: Tensor) -> Tensor:
+        """Whether any is true along the last axis, which is kept."""
+        ...
+
+    def argsort(self, x: Tensor) -> Tensor:
+        """The stable ascending order along the last axis: the same on every rank, ties included."""
+        ...
+
+    def take(self, x: Tensor, index: Tensor) -> Tensor:
+        """``x[..., index[..., k]]`` along the last axis."""
+        ...
+
+    def diagonal(self, x: Tensor) -> Tensor: ...
+
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor: ...
+
+    def add_n(self, tensors: Sequence[Tensor]) -> Tensor: ...
+
+    def concat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Join flat tensors."""
+        ...
+
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor: ...
+
+    # --- large operations ---
+
+    def bound(self, function: Callable[[Tensor], Tensor], argument: Tensor) -> Callable[[], Tensor]:
+        """``function`` of this argument, in the form in which it runs in training: as it is."""
+        ...
+
+    def gradient(self, x: Tensor, half: bool = False) -> Tensor:
+        """``x`` in an element type that gradients have."""
+        ...
+
+    def placed(self, x: Tensor, row: int, rows: int, out: Tensor) -> Tensor:
+        """A matrix of zeros with ``x`` in one row, flat."""
+        ...
+
+    def is_half(self, x: Tensor) -> bool:
+        """Whether the element type has too little range for sums and for unit-length results."""
+        ...
+
+    def room(self, x: Tensor, length: int, half: bool) -> Tensor:
+        """Memory for a flat result of ``x``'s type, or a half-precision one, for use in every step."""
+        ...
+
+    def blank_unless(self, condition: Tensor, x: Tensor) -> Tensor:
+        """``x``, or zeros in its place unless the 0-dimensional ``condition`` holds."""
+        ...
+
+    def square(self, gradient: Tensor) -> Tensor:
+        """``<g, g>`` of a flat gradient."""
+        ...
+
+    def moments(self, gradient: Tensor, summed: Tensor) -> Tensor:
+        """``[<g, s>, <g, g>]`` of two flat tensors, each read from memory once."""
+        ...
+
+    def gramian(self, rows: Tensor) -> Tensor:
+        """``rows @ rows.T`` of an N x d matrix."""
+        ...
+
+    def consensus(self, rows: Tensor) -> Tensor:
+        """``[<g_i, sum_j g_j>, <g_i, g_i>]`` for each row of an N x d matrix."""
+        ...
+
+    def combine(self, weights: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """``weights @ rows``, reading ``rows`` once, into ``out`` if given."""
+        ...
+
+    def combine_segments(self, rows: Tensor, pieces: Sequence[tuple[int, int, Tensor]], out: Tensor | None) -> Tensor:
+        """:func:`combine` with other weights for each ``(start, stop, weights)``; the rest is unset."""
+        ...
+
+    def scale_segments(self, buffer: Tensor, pieces: Sequence[tuple[int, int, Tensor]]) -> Tensor:
+        """Multiply ``buffer`` in place by a 0-dimensional weight for each ``(start, stop, weight)``."""
+        ...
+
+    def narrow_segments(self, buffer: Tensor, pieces: Sequence[tuple[int, int, Tensor]], out: Tensor) -> Tensor:
+        """``buffer`` times a 0-dimensional factor for each ``(start, stop, factor)``, in half precision."""
+        ...
+
+    def signs(self, length: int, known: Tensor | None, reference: Tensor) -> Tensor:
+        """Random signs, the same everywhere and always; ``known`` if those are already."""
+        ...
+
+    def sketch_segments(
+        self,
+        buffer: Tensor,
+        segments: Sequence[tuple[int, int, int]],
+        lengths: Sequence[int],
+        signs: Tensor,
+        stride: int,
+        step: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """Each segment's pieces of the length given, added up with random signs; side by side."""
+        ...
+
+    # --- sparse operations ---
+
+    def tag(self, rows: Tensor, rank: int) -> Tensor:
+        """``[(rank, row), ...]``"""
+        ...
+
+    def sparse_consensus(self, owners: Tensor, rows: Tensor, values: Tensor, workers: int) -> Tensor:
+        """:func:`consensus` of gradients given as rows that belong to workers, distinct for each."""
+        ...
+
+    def sparse_gramian(self, owners: Tensor, rows: Tensor, values: Tensor, workers: int) -> Tensor:
+        """:func:`gramian` of gradients given as rows that belong to workers, distinct for each."""
+        ...
+
+    def sparse_combine(self, owners: Tensor, rows: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weigh each row by its owner's weight and add equal rows up; returns rows and values.
+
+        Product and sum are separate steps in a fixed order, so that every rank computes the same bits.
+        """
+        ...
+
+    # --- comparing replicas ---
+
+    def digest(self, tensors: Iterable[Tensor]) -> Tensor:
+        """A number (int64) that differs if bits of the tensors do, and is the same on any processor if not."""
+        ...
