@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from benchmarks.ranks import Group, arguments, hand_over, take_turns
 
 RATE = 1e-4
 
-#: A training step, and how many parameters it trains.
-Trainer = tuple[Callable[[], object], int]
+#: A training step, what it takes to know whether replicas are equal, and how many parameters it trains.
+Trainer = tuple[Callable[[], object], Callable[[], object], int]
 #: Makes one, by the names of model and contender.
 MakeTrainer = Callable[[str, str], Trainer]
 
@@ -28,6 +29,7 @@ def with_torch(folder: Path) -> tuple[Group, MakeTrainer]:
     import torch
 
     import adacons_hvd.torch as adacons
+    from adacons_hvd.ops.torch import digest
     from benchmarks.models import make
 
     hvd.init()
@@ -48,7 +50,7 @@ def with_torch(folder: Path) -> tuple[Group, MakeTrainer]:
             loss(model).backward()
             optimizer.step()
 
-        return once, sum(p.numel() for p in model.parameters())
+        return once, lambda: int(digest(model.parameters())), sum(p.numel() for p in model.parameters())
 
     return hvd, trainer
 
@@ -60,6 +62,7 @@ def with_ddp(folder: Path) -> tuple[Group, MakeTrainer]:
 
     import adacons_hvd.ddp as adacons
     from adacons_hvd import AdaCons
+    from adacons_hvd.ops.torch import digest
     from benchmarks.models import make
 
     rank, size = (int(os.environ[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE"))
@@ -78,7 +81,7 @@ def with_ddp(folder: Path) -> tuple[Group, MakeTrainer]:
             loss(model).backward()
             optimizer.step()
 
-        return once, sum(p.numel() for p in model.parameters())
+        return once, lambda: int(digest(model.parameters())), sum(p.numel() for p in model.parameters())
 
     class World:
         rank = staticmethod(dist.get_rank)
@@ -99,6 +102,7 @@ def with_keras(folder: Path) -> tuple[Group, MakeTrainer]:
     import tensorflow as tf
 
     import adacons_hvd.keras as adacons
+    from adacons_hvd.ops.tensorflow import digest
     from benchmarks.keras_models import make
 
     hvd.init()
@@ -112,7 +116,10 @@ def with_keras(folder: Path) -> tuple[Group, MakeTrainer]:
         else:
             optimizer = adacons.DistributedOptimizer(optimizer, aggregator=aggregator, schedule=contender)
         model.compile(optimizer, loss)
-        return lambda: model.train_on_batch(inputs, labels), sum(math.prod(v.shape) for v in model.trainable_variables)
+        values = [v.value for v in model.trainable_variables]
+        compared = tf.function(lambda: digest([value.read_value() for value in values]))
+        parameters = sum(math.prod(v.shape) for v in model.trainable_variables)
+        return lambda: model.train_on_batch(inputs, labels), lambda: int(compared()), parameters
 
     class World:
         rank = staticmethod(hvd.rank)
@@ -131,10 +138,25 @@ def main() -> None:
     group, trainer = prepare(results.parent)
     # One model after the other may be measured in a process; what memory each takes only if it is the first.
     trainers = {contender: trainer(case["model"], contender) for contender in case["contenders"]}
-    times = take_turns(group, {name: once for name, (once, _) in trainers.items()}, case["turns"], case["seconds"])
+    times = take_turns(group, {name: once for name, (once, _, _) in trainers.items()}, case["turns"], case["seconds"])
+    compare = list(trainers.values())[-1][1]
+    compare()
+    comparison = min(_seconds(compare) for _ in range(20))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (parameters,) = {parameters for _, parameters in trainers.values()}
-    hand_over(group, results, {"times": times, "peak": max(group.allgather_object(peak)), "parameters": parameters})
+    (parameters,) = {parameters for _, _, parameters in trainers.values()}
+    found = {
+        "times": times,
+        "peak": max(group.allgather_object(peak)),
+        "parameters": parameters,
+        "comparison": comparison,
+    }
+    hand_over(group, results, found)
+
+
+def _seconds(once: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    once()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from adacons_hvd.engine.replicas import CHECK_REPLICAS
+
 from .jobs import Cluster
 
 EXACT = ["two-pass", "one-pass", "gather"]
@@ -48,6 +50,7 @@ def show(measured: Sequence[Entry], console: Console) -> None:
         "Beside averaging": ratios(measured),
         "What the cost model expected / what was measured, ms": choices(measured),
         "Where a step's time goes": phases(measured),
+        "Comparing replicas": comparisons(measured),
     }
     for title, table in tables.items():
         if table.row_count:
@@ -145,6 +148,25 @@ def phases(measured: Sequence[Entry]) -> Table:
             longest = sorted(parts.items(), key=lambda part: -part[1])
             text = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in longest if seconds >= 5e-6)
             table.add_row(what, where, schedule, text)
+    return table
+
+
+def comparisons(measured: Sequence[Entry]) -> Table:
+    """What one comparison of replicas takes, and its share of training when every hundredth step has one."""
+    table = _table("what", "where", "parameters", "step, ms", "comparison, ms", "share of a step, %")
+    for entry in measured:
+        times = entry["result"].get("times", {}) if entry["kind"] == "steps" else {}
+        if "auto" in times:
+            step, comparison = statistics.median(times["auto"]), entry["result"]["comparison"]
+            what = f"{entry['case']['framework']}, {entry['case']['model']}"
+            share = 100 * comparison / (CHECK_REPLICAS * step)
+            cells = (
+                f"{entry['result']['parameters']:,}",
+                f"{step * 1e3:.1f}",
+                f"{comparison * 1e3:.2f}",
+                f"{share:.3f}",
+            )
+            table.add_row(what, str(Cluster(**entry["cluster"])), *cells)
     return table
 
 
