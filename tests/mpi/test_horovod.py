@@ -57,8 +57,8 @@ def test_broadcast(comm: MPI.Intracomm, hvd: ModuleType) -> None:
 
 @pytest.mark.time_limit(240)  # Every rank imports TensorFlow, perhaps on a busy machine.
 def test_tensorflow_allreduce(comm: MPI.Intracomm) -> None:
+    tf = pytest.importorskip("tensorflow")  # an image may hold PyTorch alone
     import horovod.tensorflow as hvd
-    import tensorflow as tf
 
     hvd.init()
     array: np.ndarray = mine(comm, 7).numpy()
