@@ -11,8 +11,8 @@ from horovod.tensorflow.compression import Compression
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from ..aggregators import Aggregator
-from ..binding import BUCKET_BYTES
 from ..engine.replicas import CHECK_REPLICAS
+from ..engine.settings import BUCKET_BYTES
 
 __all__ = ["DistributedOptimizer"]
 

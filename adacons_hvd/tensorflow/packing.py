@@ -1,8 +1,8 @@
 """Gradients to buckets and back, as graph operations.
 
-A *slot* is one gradient's place. A *parcel* is the plan of a bucket: which slots it holds and how
-they lie in it. Plans are made once per layout, from what all ranks agreed on, so they are the same
-everywhere; the buckets themselves are made of tensors and live for one trace of one step.
+A *slot* is one gradient's place. A *packing* makes a bucket of its slots' gradients, and takes them
+out again; which slots share one, :mod:`adacons_hvd.engine.plan` says. Packings are made once per
+layout; the buckets themselves are made of tensors and live for one trace of one step.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import tensorflow as tf
 from horovod.tensorflow.compression import Compression
 
+from ..engine.plan import Item, plan_buckets, segments
 from ..ops.tensorflow import distinct
-from ..schedules import Bucket, DenseBucket, Schedule, Segment, SparseBucket
+from ..schedules import Bucket, DenseBucket, Schedule, SparseBucket
 
-__all__ = ["DenseParcel", "Parcel", "Slot", "SparseParcel", "plan"]
+__all__ = ["DensePacking", "Packing", "Slot", "SparsePacking", "pack"]
 
 Gradient = Any  # a tf.Tensor or tf.IndexedSlices
 
@@ -71,8 +72,8 @@ class Slot:
         return tf.IndexedSlices(gradient, tf.range(self.shape[0], dtype=tf.int64), shape)
 
 
-class Parcel:
-    """The plan of one bucket."""
+class Packing:
+    """How gradients get into one bucket and out of it."""
 
     name: str
     slots: Sequence[Slot]
@@ -87,7 +88,7 @@ class Parcel:
 
 
 @dataclass(frozen=True)
-class DenseParcel(Parcel):
+class DensePacking(Packing):
     """Slots side by side in a flat tensor of one element type."""
 
     name: str
@@ -104,7 +105,7 @@ class DenseParcel(Parcel):
         if padding:
             parts.append(tf.zeros((padding,), self.dtype))
         buffer = tf.concat(parts, 0) if len(parts) > 1 else parts[0]
-        return DenseBucket(self.name, buffer, self._segments(), schedule)
+        return DenseBucket(self.name, buffer, segments((slot.length, slot.group) for slot in self.slots), schedule)
 
     def unpack(self, bucket: DenseBucket) -> dict[int, Gradient]:
         results = {}
@@ -128,20 +129,9 @@ class DenseParcel(Parcel):
             gradient = tf.stack([tf.math.real(gradient), tf.math.imag(gradient)], -1)
         return tf.reshape(tf.cast(gradient, self.dtype), (-1,))
 
-    def _segments(self) -> list[Segment]:
-        segments: list[Segment] = []
-        length = 0
-        for slot in self.slots:
-            start, length = length, length + slot.length
-            if segments and segments[-1].group == slot.group:
-                segments[-1] = segments[-1]._replace(stop=length)
-            else:
-                segments.append(Segment(start, length, slot.group))
-        return segments
-
 
 @dataclass(frozen=True)
-class SparseParcel(Parcel):
+class SparsePacking(Packing):
     """A single slot whose gradient has few non-zero rows, as an embedding's."""
 
     name: str
@@ -161,7 +151,7 @@ class SparseParcel(Parcel):
         return {slot.index: tf.IndexedSlices(values, bucket.rows, tf.constant(slot.shape, tf.int64))}
 
 
-def plan(
+def pack(
     name: str,
     slots: Sequence[Slot],
     *,
@@ -169,39 +159,25 @@ def plan(
     bucket_bytes: int,
     together: Sequence[Sequence[Hashable]] | None,
     compression: Any,
-) -> list[Parcel]:
-    """Lay the slots out in parcels.
-
-    Backward computes the last layers' gradients first, so parcels are filled from the end: the
-    first to be complete is the first to leave. ``together`` lists the keys of slots that share a
-    parcel, whatever its size, as Horovod's ``groups`` does.
-    """
+) -> list[Packing]:
+    """Make the packings of a layout; ``together`` is as in :func:`adacons_hvd.engine.plan.plan_buckets`."""
     wire, transform = _compression(compression)
-    parcels: list[Parcel] = []
 
-    def add(members: list[Slot], dtype: tf.DType) -> None:
-        parcels.append(DenseParcel(f"{name}.{len(parcels)}", tuple(members), dtype, transform, workers))
+    def dtype_of(slot: Slot) -> tf.DType:
+        return wire if wire is not None and slot.dtype.is_floating else _real(slot.dtype)
 
-    kinds: dict[Any, list[Slot]] = {}
-    place = {key: i for i, group in enumerate(together or ()) for key in group}
-    for slot in reversed(slots):
-        if slot.sparse:
-            parcels.append(SparseParcel(f"{name}.{len(parcels)}", (slot,)))
-            continue
-        if slot.length == 0:
-            continue
-        dtype = wire if wire is not None and slot.dtype.is_floating else _real(slot.dtype)
-        kind: tuple[Any, ...] = (dtype,)
-        if together is not None:
-            # A gradient in no group travels alone.
-            kind = (dtype, place.get(slot.key, ("alone", slot.index)))
-        members = kinds.setdefault(kind, [])
-        members.append(slot)
-        if together is None and sum(member.length for member in members) * dtype.size >= bucket_bytes:
-            add(kinds.pop(kind), dtype)
-    for (dtype, *_), members in kinds.items():
-        add(members, dtype)
-    return parcels
+    items = [
+        Item(slot.key, slot.length, slot.group, kind=dtype_of(slot), width=dtype_of(slot).size, sparse=slot.sparse)
+        for slot in slots
+    ]
+    packings: list[Packing] = []
+    for number, bucket in enumerate(plan_buckets(items, bucket_bytes, together)):
+        members = tuple(slots[position] for position in bucket.positions)
+        if bucket.sparse:
+            packings.append(SparsePacking(f"{name}.{number}", members))
+        else:
+            packings.append(DensePacking(f"{name}.{number}", members, dtype_of(members[0]), transform, workers))
+    return packings
 
 
 def _real(dtype: tf.DType) -> tf.DType:

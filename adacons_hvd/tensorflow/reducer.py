@@ -5,7 +5,7 @@ step and knows no Python values. So the work is divided:
 
 * **Once per layout, in Python**, even while tracing (``tf.init_scope`` leads out of the graph):
   ranks compare settings and parameters, all raise the same error if those differ, and otherwise
-  agree on slots, parcels and schedule. Every rank traces at its first step, so every rank is
+  agree on slots, packings and schedule. Every rank traces at its first step, so every rank is
   there. Another trace of the same parameters, for a batch of another size, finds the layout made
   and talks to nobody: ranks need not retrace together.
 * **Every step, in the graph**: one small sum (``flags``) makes sure that all ranks still follow
@@ -39,7 +39,6 @@ import weakref
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import horovod.tensorflow as hvd
@@ -52,17 +51,18 @@ from tensorflow.python.ops import control_flow_util
 from .. import __version__, agreement
 from ..aggregators import Decision, Memory, Statistics, pack_memory, unpack_memory
 from ..agreement import by_ranks
-from ..binding import ONLY_SUMS, canonical_names, choose_schedule, group_parameters
 from ..collectives import host_name
 from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_graph, make_variable
 from ..costs import Choice
+from ..engine.plan import group_parameters, shared_buckets
 from ..engine.replicas import compare_replicas, is_due, stray_step
+from ..engine.session import ONLY_SUMS, canonical_names, choose_schedule
 from ..engine.settings import check_members
 from ..ops.tensorflow import digest
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from . import errors
-from .packing import Gradient, Parcel, Slot, plan
+from .packing import Gradient, Packing, Slot, pack
 from .settings import Settings, is_variable, key_of, native
 
 __all__ = ["Reducer", "Settings", "key_of", "native"]
@@ -141,9 +141,9 @@ class Layout:
     slots: list[Slot]
     #: Indices of slots for which some rank had a gradient.
     active: list[int]
-    parcels: list[Parcel]
-    #: The parcels for when a rank has joined; None if ``parcels`` need only sums anyway.
-    apart: list[Parcel] | None
+    packings: list[Packing]
+    #: The packings for when a rank has joined; None if the others need only sums anyway.
+    joined_packings: list[Packing] | None
     #: What tells the groups of parameters apart, one label each.
     labels: tuple[Hashable, ...]
     choice: Choice
@@ -308,25 +308,25 @@ class Reducer:
         all_here = tf.reduce_all(flags.here == 1)
         if self.settings.aggregator is None:
             return self._average(layout, gradients, all_here)
-        if not layout.parcels:  # nothing has any elements
+        if not layout.packings:  # nothing has any elements
             return gradients
         memory = self._shared_memory(layout, flags)
 
-        def together() -> Any:
-            return self._step(layout, layout.parcels, layout.choice.schedule, unscale, memory, gradients)
+        def with_all() -> Any:
+            return self._step(layout, layout.packings, layout.choice.schedule, unscale, memory, gradients)
 
-        if layout.apart is None:
-            results, memory, seen = together()
+        if layout.joined_packings is None:
+            results, memory, seen = with_all()
         else:
-            parcels = layout.apart
+            packings = layout.joined_packings
 
-            def apart() -> Any:
+            def without_some() -> Any:
                 slots = [layout.slots[i] for i in layout.active]
                 dense = [slot.dense(gradient) for slot, gradient in zip(slots, gradients, strict=True)]
-                results, *rest = self._step(layout, parcels, ONLY_SUMS.schedule, unscale, memory, dense)
+                results, *rest = self._step(layout, packings, ONLY_SUMS.schedule, unscale, memory, dense)
                 return [slot.normal(result) for slot, result in zip(slots, results, strict=True)], *rest
 
-            results, memory, seen = tf.cond(all_here, together, apart)
+            results, memory, seen = tf.cond(all_here, with_all, without_some)
         for name, value in memory.items():
             layout.memory[name].assign(value)
         self._remember({**seen, "all here": all_here})
@@ -335,7 +335,7 @@ class Reducer:
     def _step(
         self,
         layout: Layout,
-        parcels: Sequence[Parcel],
+        packings: Sequence[Packing],
         schedule_name: str,
         unscale: tf.Tensor,
         memory: Memory,
@@ -347,14 +347,14 @@ class Reducer:
         self._collectives.start()
         schedule = SCHEDULES[schedule_name](self._collectives, self.settings.gradient_predivide_factor)
         by_index = dict(zip(layout.active, gradients, strict=True))
-        buckets = [parcel.pack(by_index, schedule) for parcel in parcels]
+        buckets = [packing.pack(by_index, schedule) for packing in packings]
         step = _GraphStep(self._collectives, self.settings.aggregator, len(layout.labels), self.name)
         step.checks = []
         decision, statistics = step.run(buckets, memory, unscale)
-        results = dict(by_index)  # what has no elements is in no parcel
+        results = dict(by_index)  # what has no elements is in no packing
         with tf.control_dependencies(step.checks):
-            for parcel, bucket in zip(parcels, buckets, strict=True):
-                results.update(parcel.unpack(bucket))
+            for packing, bucket in zip(packings, buckets, strict=True):
+                results.update(packing.unpack(bucket))
             found = _identities([results[i] for i in layout.active])
             # Nothing is learnt from a step that ends with an error.
             memory = {name: tf.identity(value) for name, value in decision.memory.items()}
@@ -382,7 +382,7 @@ class Reducer:
             "device_dense": settings.device_dense,
         }
         assert self._collectives is not None
-        together = self._together([layout.slots[i] for i in layout.active])
+        together = self._shared_buckets([layout.slots[i] for i in layout.active])
         groups = {key: number for number, group in enumerate(together or ()) for key in group}
         results: dict[int, Gradient] = {}
         grouped: dict[int, list[tuple[int, Gradient]]] = {}
@@ -413,16 +413,16 @@ class Reducer:
             )
         name = f"{self.name}.{slot.index}"
 
-        def together() -> tf.IndexedSlices:
+        def rows_of_all() -> tf.IndexedSlices:
             values = collectives.allgather_rows(gradient.values, f"{name}.values").wait()
             rows = collectives.allgather_rows(gradient.indices, f"{name}.rows").wait()
             return tf.IndexedSlices(values, rows, tf.constant(slot.shape, tf.int64))
 
-        def apart() -> tf.IndexedSlices:
+        def in_full_length() -> tf.IndexedSlices:
             collectives.start()
             return slot.normal(collectives.allreduce(slot.dense(gradient), f"{name}.sum").wait())
 
-        total = tf.cond(all_here, together, apart)
+        total = tf.cond(all_here, rows_of_all, in_full_length)
         if op == hvd.Sum:
             return total
         values = total.values / tf.cast(collectives.size, total.values.dtype)
@@ -564,7 +564,7 @@ class Reducer:
     def _lay_out(
         self, gradients: Sequence[Gradient | None], variables: Sequence[Any], keys: Sequence[Hashable]
     ) -> Layout:
-        """Agree with the other ranks on slots, parcels and schedule, and make them."""
+        """Agree with the other ranks on slots, packings and schedule, and make them."""
         if not tf.executing_eagerly():
             raise RuntimeError(
                 "an aggregator needs TensorFlow 2's eager execution, outside or inside a tf.function; "
@@ -600,11 +600,11 @@ class Reducer:
         active = sorted({i for answer in answers for i in answer[3]})
         used = [slots[i] for i in active]
         choice = self._choose_schedule(used, hosts)
-        together = self._together(used)
+        together = self._shared_buckets(used)
 
-        def parcels_for(schedule: str, slots: Sequence[Slot]) -> list[Parcel]:
+        def packings_for(schedule: str, slots: Sequence[Slot]) -> list[Packing]:
             assert self._collectives is not None
-            return plan(
+            return pack(
                 f"{self.name}.{schedule}",
                 slots,
                 workers=self._collectives.size,
@@ -613,18 +613,18 @@ class Reducer:
                 compression=settings.compression,
             )
 
-        apart = None
+        joined_packings = None
         only_sums = choice.schedule == ONLY_SUMS.schedule and not any(slot.sparse for slot in used)
         if settings.aggregator is not None and not settings.aggregator.needs_gramian and not only_sums:
-            apart = parcels_for(ONLY_SUMS.schedule, [replace(slot, sparse=False) for slot in used])
+            joined_packings = packings_for(ONLY_SUMS.schedule, [replace(slot, sparse=False) for slot in used])
         with tf.device("cpu"):
             here = make_variable(tf.one_hot(self._collectives.rank, self._collectives.size, dtype=tf.int64))
             count = make_variable(tf.zeros((), tf.int64))
         return Layout(
             slots,
             active,
-            parcels_for(choice.schedule, used),
-            apart,
+            packings_for(choice.schedule, used),
+            joined_packings,
             labels,
             choice,
             digest,
@@ -682,22 +682,17 @@ class Reducer:
         group_of, groups = group_parameters(lists, keys)
         return group_of, tuple(keys) if granularity == "layer" else tuple(range(groups))
 
-    def _together(self, slots: Sequence[Slot]) -> list[list[Hashable]] | None:
+    def _shared_buckets(self, slots: Sequence[Slot]) -> list[list[Hashable]] | None:
         groups = self.settings.groups
-        if groups is None or groups == 0:
-            return None
-        if isinstance(groups, int):
-            count = min(groups, len(slots))
-            bounds = [len(slots) * k // count for k in range(count + 1)] if count else [0]
-            return [[slot.key for slot in slots[start:stop]] for start, stop in pairwise(bounds)]
-        return [[named.key for named in group] for group in groups]
+        by_key = [[named.key for named in group] for group in groups] if isinstance(groups, tuple) else groups
+        return shared_buckets(by_key, [slot.key for slot in slots])
 
     def _description(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """What all ranks must have in common, in words that an error can show."""
         settings = self.settings
         granularity = settings.granularity
         names = {slot.key: slot.name for slot in slots}
-        together = self._together(slots)
+        together = self._shared_buckets(slots)
         compression = settings.compression or hvd.Compression.none
         return {
             "adacons_hvd": __version__,

@@ -13,9 +13,9 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
 
 from ..aggregators import Aggregator
-from ..binding import BUCKET_BYTES
 from ..costs import Network
 from ..engine.replicas import CHECK_REPLICAS
+from ..engine.settings import BUCKET_BYTES
 
 __all__ = ["Named", "Settings", "is_variable", "key_of", "native"]
 

@@ -12,9 +12,9 @@ from horovod.tensorflow.compression import Compression
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from ..aggregators import Aggregator, pack_memory
-from ..binding import BUCKET_BYTES
 from ..costs import Network
 from ..engine.replicas import CHECK_REPLICAS
+from ..engine.settings import BUCKET_BYTES
 from ..report import Report
 from .arguments import checked_groups, checked_settings
 from .checkpoints import StateBase

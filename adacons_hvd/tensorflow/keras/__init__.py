@@ -20,8 +20,8 @@ from horovod.tensorflow.keras import Average, Compression, ProcessSet, global_pr
 
 from ...aggregators import AdaCons as AdaCons
 from ...aggregators import Aggregator
-from ...binding import BUCKET_BYTES
 from ...engine.replicas import CHECK_REPLICAS
+from ...engine.settings import BUCKET_BYTES
 from ...keras.arguments import distribute, keep_local, make_load_model
 
 # Horovod's modules of these names are here already, and would be what `from . import` finds.
