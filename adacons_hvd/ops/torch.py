@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import random
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import TURN
+
+if TYPE_CHECKING:
+    from . import torch_cuda
 
 # Elements handled at a time by the large operations. Each block is read from memory once and then
 # used from cache by everything that needs it, and block results are added in float64, so that
@@ -202,8 +207,49 @@ def _working(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+# What kernels take; other element types are rare on a GPU.
+_KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _has_kernels(*tensors: torch.Tensor, beside: torch.Tensor | None = None) -> bool:
+    """Whether :mod:`.torch_cuda` can do these tensors' arithmetic, with weights ``beside`` them on the device."""
+    device = tensors[0].device
+    if device.type != "cuda" or not all(map(_plain, tensors)) or (beside is not None and beside.device != device):
+        return False
+    return _compiled(device)
+
+
+def _plain(x: torch.Tensor) -> bool:
+    """Whether there is nothing but numbers to it, one beside the other along the last axis."""
+    known = type(x) is torch.Tensor and x.dtype in _KERNEL_TYPES and not x.requires_grad
+    return known and x.stride(-1) == 1 and x.numel() > 0
+
+
+@functools.cache
+def _compiled(device: torch.device) -> bool:
+    """Whether kernels run on this device: an NVIDIA GPU that knows bfloat16, and a machine that has Triton."""
+    global torch_cuda
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0) or not importlib.util.find_spec("triton"):
+        return False
+    try:
+        from . import torch_cuda
+
+        torch_cuda.try_out(device)
+    except Exception as error:  # Triton needs a C compiler, a folder it may write to, ...
+        warnings.warn(
+            f"Triton cannot compile kernels for {device}, so gradients are combined by PyTorch's slower operations; "
+            f"every rank must do the same: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 def square(gradient: torch.Tensor) -> torch.Tensor:
     """``<g, g>`` of a flat gradient."""
+    if _has_kernels(gradient):
+        return torch_cuda.consensus(gradient[None])[0, 1]
     working = (_working(gradient[b]) for b in _blocks(gradient.numel(), 1, gradient.device))
     parts = [torch.dot(g, g) for g in working]
     return torch.stack(parts).sum(dtype=torch.float64) if parts else zeros((), gradient)
@@ -211,6 +257,8 @@ def square(gradient: torch.Tensor) -> torch.Tensor:
 
 def moments(gradient: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
     """``[<g, s>, <g, g>]`` of two flat tensors, each read from memory once."""
+    if _has_kernels(gradient, summed):
+        return torch_cuda.moments(gradient, summed)
     parts = []
     for block in _blocks(gradient.numel(), 2, gradient.device):
         g = _working(gradient[block])
@@ -223,9 +271,26 @@ def gramian(rows: torch.Tensor) -> torch.Tensor:
     workers, length = rows.shape
     result = zeros((workers, workers), rows)
     for block in _blocks(length, workers, rows.device):
-        part = _working(rows[:, block])
-        result += part @ part.T
+        result += _products(_working(rows[:, block]))
     return result
+
+
+# Columns that make a matrix product of their own on an accelerator.
+_PIECE = 4096
+
+
+def _products(part: torch.Tensor) -> torch.Tensor:
+    """``part @ part.T``.
+
+    Of a few rows of millions of columns most of an accelerator has nothing to do, unless pieces are multiplied each for
+    itself.
+    """
+    if part.device.type == "cpu" or part.shape[1] <= _PIECE:
+        return part @ part.T
+    whole = part.shape[1] // _PIECE * _PIECE
+    pieces = part[:, :whole].unflatten(1, (-1, _PIECE)).transpose(0, 1)
+    rest = part[:, whole:]
+    return torch.bmm(pieces, pieces.transpose(1, 2)).sum(0, dtype=torch.float64) + rest @ rest.T
 
 
 # Up to this many workers the whole Gramian is cheaper than the two moments it contains, because it
@@ -236,6 +301,8 @@ _FEW_WORKERS = 16
 def consensus(rows: torch.Tensor) -> torch.Tensor:
     """``[<g_i, sum_j g_j>, <g_i, g_i>]`` for each row of an N x d matrix."""
     workers, length = rows.shape
+    if _has_kernels(rows) and workers <= torch_cuda.MOST_ROWS:
+        return torch_cuda.consensus(rows)
     if workers <= _FEW_WORKERS:
         products = gramian(rows)
         return torch.stack([products.sum(1), products.diagonal()], dim=1)
@@ -250,6 +317,8 @@ def consensus(rows: torch.Tensor) -> torch.Tensor:
 def combine(weights: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """``weights @ rows``, reading ``rows`` once, into ``out`` if given."""
     result = rows.new_empty(rows.shape[1]) if out is None else out
+    if _has_kernels(rows, result, beside=weights):
+        return torch_cuda.combine(weights, rows, result)
     for block in _blocks(rows.shape[1], rows.shape[0], rows.device):
         part = _working(rows[:, block])
         result[block] = torch.mv(part.T, weights.to(part.dtype))
@@ -272,7 +341,9 @@ def scale_segments(buffer: torch.Tensor, pieces: Sequence[tuple[int, int, torch.
     """Multiply ``buffer`` in place by a 0-dimensional weight for each ``(start, stop, weight)``."""
     for start, stop, weight in pieces:
         part = buffer[start:stop]
-        if part.dtype in (torch.float32, torch.float64):
+        if _has_kernels(part, beside=weight):
+            torch_cuda.scale(weight, part, part)
+        elif part.dtype in (torch.float32, torch.float64):
             part.mul_(weight)
         else:
             # The weight may be outside a half's range although the product is not.
@@ -287,9 +358,13 @@ def narrow_segments(
 ) -> torch.Tensor:
     """``buffer`` times a 0-dimensional factor for each ``(start, stop, factor)``, in half precision."""
     for start, stop, factor in pieces:
+        target = out[start:stop]
+        if _has_kernels(buffer[start:stop], target, beside=factor):
+            torch_cuda.scale(factor, buffer[start:stop], target)
+            continue
         part = _working(buffer[start:stop])
         for block in _blocks(part.numel(), 2, buffer.device):
-            out[start:stop][block].copy_(part[block] * factor.to(part.dtype))
+            target[block].copy_(part[block] * factor.to(part.dtype))
     return out
 
 
