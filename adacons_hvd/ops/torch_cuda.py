@@ -17,8 +17,6 @@ Triton. Lengths are arguments, so that a new one compiles nothing.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -209,9 +207,8 @@ def scale(factor: torch.Tensor, buffer: torch.Tensor, out: torch.Tensor) -> torc
 def _stride(rows: torch.Tensor) -> tuple[int, int]:
     """From row to row, in units of so many elements.
 
-    A constant factor tells the compiler that every row may be read 16 bytes at a time. Of a single row the stride makes
-    no difference, and another one would compile another kernel.
+    A constant factor tells the compiler that 16 bytes of every row may be read at once. Of a single row the stride
+    makes no difference, and another one would compile another kernel.
     """
-    stride = rows.stride(0) if len(rows) > 1 else 0
-    unit = math.gcd(stride, 16 // rows.element_size())
-    return stride // unit, unit
+    stride, vector = rows.stride(0) if len(rows) > 1 else 0, 16 // rows.element_size()
+    return (stride, 1) if stride % vector else (stride // vector, vector)

@@ -8,6 +8,8 @@
 #   OUT=out/gpu               where logs and figures go
 #   GPU_TEST_DEVICE=cpu       runs the same lines without a GPU, to try them
 #   GPU_BENCH_ARGS=--quick    passed on to the benchmarks
+#   GPU_STAGES='NAME ...'     only these of: arithmetic ddp-gloo horovod-staged benchmarks ddp-nccl horovod-nccl
+#   GPU_TEST_SELECT=EXPR      only these of the tests that start ranks, as pytest's -k
 #
 # Without GPU_WHEELS what is missing is installed into out/gpu, Horovod compiled among it; nothing is installed into the
 # Python that is used.
@@ -69,6 +71,11 @@ fi
 [ ${#horovods[@]} -gt 0 ] || horovods=(installed)
 has pytest || die "There is no pytest: add its wheel, iniconfig's and pluggy's to GPU_WHEELS."
 
+# Whether a stage was asked for.
+asked() { [[ " ${GPU_STAGES:-$1} " == *" $1 "* ]]; }
+# pytest's -k for tests that start ranks.
+some() { [ -n "${GPU_TEST_SELECT:-}" ] && echo "($1) and ($GPU_TEST_SELECT)" || echo "$1"; }
+
 # --- tests and benchmarks -----------------------------------------------------------------------------------------------
 failed=()
 stages=()
@@ -87,11 +94,16 @@ alone() { tests "$@"; finished "$1" $?; }
 
 # What does not go through NCCL, side by side.
 declare -A running
-tests arithmetic installed tests/gpu/test_gpu_arithmetic.py tests/gpu/test_waiting.py & running[arithmetic]=$!
-tests ddp-gloo installed -k 'not nccl' tests/gpu/test_gpu_ddp.py & running[ddp-gloo]=$!
+if asked arithmetic; then
+    tests arithmetic installed tests/gpu/test_gpu_arithmetic.py tests/gpu/test_gpu_kernels.py tests/gpu/test_waiting.py &
+    running[arithmetic]=$!
+fi
+if asked ddp-gloo; then
+    tests ddp-gloo installed -k "$(some 'not nccl')" tests/gpu/test_gpu_ddp.py & running[ddp-gloo]=$!
+fi
 for kind in "${horovods[@]}"; do
-    [ "$kind" = staged ] || continue
-    tests horovod-staged staged tests/gpu/test_gpu_horovod.py & running[horovod-staged]=$!
+    [ "$kind" = staged ] && asked horovod-staged || continue
+    tests horovod-staged staged -k "$(some gpu)" tests/gpu/test_gpu_horovod.py & running[horovod-staged]=$!
 done
 for name in "${!running[@]}"; do
     wait "${running[$name]}"
@@ -101,16 +113,19 @@ done
 # Alone, because they are timed.
 staged=()
 [ -d out/gpu/staged ] && [ -n "${running[horovod-staged]:-}" ] && staged=(--staged "$PWD/out/gpu/staged")
-# shellcheck disable=SC2086 # several arguments
-PYTHONPATH=$PWD/out/gpu/${horovods[0]}:$PYTHONPATH timeout --kill-after 10 "${GPU_BENCH_LIMIT:-150}" \
-    "$python" -m benchmarks.gpu --device "$device" "${staged[@]}" --out "$out/results.json" ${GPU_BENCH_ARGS:-} \
-    >"$out/benchmarks.log" 2>&1 || failed+=(benchmarks)
-echo "benchmarks: after $SECONDS s"
+if asked benchmarks; then
+    # shellcheck disable=SC2086 # several arguments
+    PYTHONPATH=$PWD/out/gpu/${horovods[0]}:$PYTHONPATH timeout --kill-after 10 "${GPU_BENCH_LIMIT:-150}" \
+        "$python" -m benchmarks.gpu --device "$device" "${staged[@]}" --out "$out/results.json" ${GPU_BENCH_ARGS:-} \
+        >"$out/benchmarks.log" 2>&1 || failed+=(benchmarks)
+    echo "benchmarks: after $SECONDS s"
+fi
 
 # One after the other, because NCCL's kernels keep the GPU busy while they wait for another rank.
-[ "$device" = cpu ] || alone ddp-nccl installed -k nccl tests/gpu/test_gpu_ddp.py
+[ "$device" = cpu ] || ! asked ddp-nccl || alone ddp-nccl installed -k "$(some nccl)" tests/gpu/test_gpu_ddp.py
 for kind in "${horovods[@]}"; do
-    [ "$kind" = staged ] || alone "horovod-$kind" "$kind" tests/gpu/test_gpu_horovod.py
+    [ "$kind" = staged ] || ! asked "horovod-$kind" ||
+        alone "horovod-$kind" "$kind" -k "$(some gpu)" tests/gpu/test_gpu_horovod.py
 done
 
 # --- the report -----------------------------------------------------------------------------------------------------------
@@ -119,8 +134,10 @@ for name in "${stages[@]}"; do
     grep -E '^(FAILED|ERROR|SKIPPED|XPASS|E  )|^[=]+ .*(passed|failed|error|skipped|no tests)' "$out/$name.log" | cut -c1-300 | head -n 40
     grep -qE '(passed|failed|error|skipped)' "$out/$name.log" || tail -n 15 "$out/$name.log"
 done
-printf '\n== benchmarks (all of them in %s)\n' "$out/results.json"
-"$python" -m benchmarks.gpu --show "$out/results.json" || tail -n 15 "$out/benchmarks.log"
+if asked benchmarks; then
+    printf '\n== benchmarks (all of them in %s)\n' "$out/results.json"
+    "$python" -m benchmarks.gpu --show "$out/results.json" || tail -n 15 "$out/benchmarks.log"
+fi
 if [ ${#failed[@]} -gt 0 ]; then
     printf '\nFAILED: %s; see the logs in %s\n' "${failed[*]}" "$out"
     exit 1
