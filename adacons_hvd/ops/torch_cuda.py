@@ -4,9 +4,9 @@ Written in Triton, which PyTorch for CUDA brings along; importing this module ne
 several passes, or are made for other shapes: a matrix of 4 rows and millions of columns is rare elsewhere.
 
 Every rank may compute the same thing for itself, so results are the same bits every time: no two programs add to the
-same place, and how work is divided depends on shapes alone, not on the GPU. Sums are kept in single precision for as
-long as a program runs, at most ``_TILES`` tiles, in hundreds of parts side by side; programs are added up in double
-precision.
+same place, and how work is divided depends on the rows' shape and alignment, which ranks share, not on the GPU. Sums
+are kept in single precision for as long as a program runs, at most ``_TILES`` tiles, in hundreds of parts side by side;
+programs are added up in double precision.
 
 The kernels are compiled on first use, one for each element type, number of rows and alignment, and kept on disk by
 Triton. Lengths are arguments, so that a new one compiles nothing.
@@ -142,14 +142,16 @@ def _combine(weights, rows, stride, length, out, UNIT: tl.constexpr, N: tl.const
 # --- what calls them --------------------------------------------------------------------------------------------------
 
 
-def _tile(rows: torch.Tensor) -> dict[str, int]:
+def _tile(rows: torch.Tensor, aligned: bool) -> dict[str, int]:
     """The shape of a tile: all rows, and as many columns as there are threads, times what each reads at once.
 
-    Of few rows a thread reads 16 bytes at once, and more than one such piece; of many, what its registers hold.
+    Of few rows a thread reads 16 bytes at once, and more than one such piece; of many, what its registers hold; and
+    single numbers where rows do not begin at multiples of 16 bytes.
     """
     padded = triton.next_power_of_2(len(rows))
-    vector = min(16 // rows.element_size(), 128 // padded) if padded <= 32 else 1
-    return {"N": len(rows), "NP": padded, "C": max(_THREADS * vector, 4096 // padded), "V": vector}
+    vector = min(16 // rows.element_size(), 128 // padded) if aligned and padded <= 32 else 1
+    columns = max(_THREADS * vector, (4096 if aligned else 1024) // padded)
+    return {"N": len(rows), "NP": padded, "C": columns, "V": vector}
 
 
 def _divided(tiles: int) -> tuple[int, int]:
@@ -161,10 +163,10 @@ def _divided(tiles: int) -> tuple[int, int]:
 def consensus(rows: torch.Tensor) -> torch.Tensor:
     """``[<g_i, sum_j g_j>, <g_i, g_i>]`` for each row of an N x d matrix."""
     workers, length = rows.shape
-    tile = _tile(rows)
+    stride, unit = _stride(rows)
+    tile = _tile(rows, aligned=unit > 1 and rows.data_ptr() % 16 == 0)
     programs, each = _divided(triton.cdiv(length, tile["C"]))
     parts = rows.new_empty((programs, workers, 2), dtype=torch.float32)
-    stride, unit = _stride(rows)
     with torch.cuda.device_of(rows):
         _consensus[(programs,)](rows, stride, length, each, parts, UNIT=unit, num_warps=_WARPS, **tile)
     return parts.sum(0, dtype=torch.float64)
