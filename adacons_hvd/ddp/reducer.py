@@ -57,6 +57,7 @@ from ..engine.plan import group_parameters
 from ..engine.replicas import ReplicaError, is_due, stray_step
 from ..engine.session import choose_schedule
 from ..engine.settings import BUCKET_BYTES
+from ..ops.torch import arithmetic
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from ..torch_amp import unscale
@@ -163,6 +164,7 @@ class Reducer:
             "grad_scaler": settings.grad_scaler is not None,
             "check_replicas": settings.check_replicas,
             "compared parameters": self._replicas.names,
+            "arithmetic": arithmetic(self._collectives.device),
             "parameters": [
                 [name, str(p.dtype), str(tuple(p.shape)), f"group {self._group_of[p]}"]
                 for p, name in self._names.items()

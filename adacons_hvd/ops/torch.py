@@ -246,6 +246,11 @@ def _compiled(device: torch.device) -> bool:
     return True
 
 
+def arithmetic(device: torch.device) -> str:
+    """What combines gradients on a device. Ranks must have it in common, because last bits depend on it."""
+    return "Triton's kernels" if device.type == "cuda" and _compiled(device) else "PyTorch's operations"
+
+
 def square(gradient: torch.Tensor) -> torch.Tensor:
     """``<g, g>`` of a flat gradient."""
     if _has_kernels(gradient):

@@ -188,10 +188,10 @@ def combine(weights: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> tor
     block = 2048 if workers <= 4 else 1024
     programs = triton.cdiv(length, block)
     stride, unit = _stride(rows)
+    # Whether product and sum are one operation must not depend on where in memory the rows begin.
+    options = {"num_warps": _WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(rows):
-        _combine[(programs,)](
-            weights.contiguous(), rows, stride, length, out, UNIT=unit, N=workers, B=block, num_warps=_WARPS
-        )
+        _combine[(programs,)](weights.contiguous(), rows, stride, length, out, UNIT=unit, N=workers, B=block, **options)
     return out
 
 

@@ -45,6 +45,7 @@ from ..engine.plan import group_parameters, shared_buckets
 from ..engine.protocol import Message, Recall, Verdict, decide
 from ..engine.replicas import CHECK_REPLICAS, ReplicaError, compare_replicas, is_due, stray_step
 from ..engine.session import ONLY_SUMS, choose_schedule
+from ..ops.torch import arithmetic
 from ..ops.torch import digest as digest_of
 from ..report import Report
 from ..schedules import SCHEDULES, Step
@@ -482,6 +483,7 @@ class Reducer:
             "grad_scaler": settings.grad_scaler is not None,
             "check_replicas": settings.check_replicas,
             "may_differ": [s.name for s in slots if s.parameter in settings.may_differ],
+            "arithmetic": sorted({arithmetic(s.parameter.device) for s in slots}),
             "parameters": [
                 [s.name, str(s.parameter.dtype), str(tuple(s.parameter.shape)), f"group {s.group}"] for s in slots
             ],
