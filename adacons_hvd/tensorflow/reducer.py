@@ -157,9 +157,11 @@ class Layout:
     compared: list[int]
     #: What the aggregator remembers of these groups.
     memory: dict[str, tf.Variable]
-    #: For eager code: the graph of a step, and that of the digests of the variables.
+    #: For eager code: the graph of a step, that of the digests of the variables, and what stands for those where
+    #: variables are not compared.
     compiled: Any = None
     digests: Any = None
+    no_digests: Any = None
 
 
 class _GraphStep(Step):
@@ -251,8 +253,9 @@ class Reducer:
                 tf.TensorSpec((len(compared),), tf.int64),
                 *(layout.slots[i].signature() for i in layout.active),
             )
-        digests = tf.zeros((len(compared),), tf.int64)
-        if compared and is_due(int(layout.count.numpy()), self.settings.check_replicas):
+            layout.no_digests = tf.zeros((len(compared),), tf.int64)
+        digests = layout.no_digests
+        if compared and is_due(int(layout.count.value()), self.settings.check_replicas):
             if layout.digests is None:
                 # Of their values: the graph would keep variables for as long as it is there itself.
                 specs = [tf.TensorSpec(variable.shape, variable.dtype) for variable in compared]
