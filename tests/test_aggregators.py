@@ -472,3 +472,18 @@ def test_a_memory_must_not_use_the_names_all_memories_have() -> None:
 
     with pytest.raises(ValueError, match=r"Forgetful.start\(\) returns \['steps'\]"):
         Forgetful()(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.bool])
+def test_every_bit_of_a_parameter_is_in_its_digest(dtype):
+    from adacons_hvd.ops.torch import digest
+
+    tensors = [torch.ones(3, dtype=dtype), torch.ones(2, 5, dtype=dtype)]
+    before = int(digest(tensors))
+    flat = tensors[1].view(-1).view(torch.uint8)
+    for place in range(len(flat)):
+        for bit in range(1 if dtype == torch.bool else 8):
+            flat[place] ^= 1 << bit
+            assert int(digest(tensors)) != before, (place, bit)
+            flat[place] ^= 1 << bit
+    assert int(digest(tensors)) == before

@@ -488,11 +488,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     parts += [_sum_of_words(torch.cat(some)) for some in small.values()]
     if not parts:
         return torch.zeros((), dtype=torch.int64)
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum() & _POSITIVE
-
-
-#: Keeps a digest positive, and small enough that adding zeros from other ranks cannot overflow.
-_POSITIVE = (1 << 62) - 1
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

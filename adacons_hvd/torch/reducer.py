@@ -242,8 +242,8 @@ class Reducer:
             changed=any(packing.bucket.begun and packing.outdated() for packing in self._packings),
             stray=bool(stray),
             digest=digest,
-            # One more, because 0 stands for no digest.
-            replicas=int(self._taken_digest.read()) + 1 if current and self._taken_digest is not None else 0,
+            # 0 stands for no digest.
+            replicas=int(self._taken_digest.read()) or 1 if current and self._taken_digest is not None else 0,
             loss=loss,
         )
         ruling = decide(mine, exchange(self._collectives, mine, self.name))
