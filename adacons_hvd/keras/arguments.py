@@ -1,4 +1,4 @@
-"""What is behind the public functions, whichever Keras the optimizer is of."""
+"""The public functions' insides, whichever Keras the optimizer is of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .backends import keras_backend
-from .binding import distributed_part, make_binding
+from .binding import make_binding
 from .saving import load_model as load
 
 __all__ = ["distribute", "keep_local", "make_load_model"]
@@ -28,10 +28,7 @@ def distribute(optimizer: Any, **arguments: Any) -> Any:
     import keras
 
     if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(
-            "DistributedOptimizer wraps an optimizer of Keras, "
-            f"got {type(optimizer).__module__}.{type(optimizer).__qualname__}"
-        )
+        raise TypeError(f"optimizer must be an optimizer of Keras such as keras.optimizers.Adam(), got {optimizer!r}")
     from .optimizer import wrap
 
     return wrap(optimizer, make_binding(backend=keras_backend(), **arguments))
@@ -39,10 +36,20 @@ def distribute(optimizer: Any, **arguments: Any) -> Any:
 
 def keep_local(wrapped: Any, local_layers: Any) -> Any:
     """Leave the variables of these layers out of what a distributed optimizer aggregates."""
-    part = distributed_part(wrapped)
-    for variable in part._adacons.backend.variables_of(local_layers):
-        part.register_local_var(variable)
+    for variable in _variables_of(local_layers):
+        wrapped.register_local_var(variable)
     return wrapped
+
+
+def _variables_of(local_layers: Any) -> list[Any]:
+    """The trainable variables of a layer, or of several."""
+    if local_layers is None:
+        return []
+    layers = list(local_layers) if isinstance(local_layers, (list, tuple, set)) else [local_layers]
+    for layer in layers:
+        if not hasattr(layer, "trainable_weights"):
+            raise ValueError(f"local_layers must hold Keras layers, found {type(layer).__name__}")
+    return [variable for layer in layers for variable in layer.trainable_weights]
 
 
 def make_load_model(keras_of: Callable[[], Any], distributed_optimizer: Callable[..., Any], compression: Any) -> Any:

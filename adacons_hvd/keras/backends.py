@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Backend", "Exchange", "backend_of", "keras_backend", "require_tensorflow"]
+__all__ = ["Backend", "Exchange", "backend_of", "keras_backend", "require_tensorflow", "uses_keras_2"]
 
 
 class Exchange(Protocol):
@@ -35,6 +35,10 @@ class Exchange(Protocol):
         """Add gradients up; call ``apply`` with their sums every ``passes`` times, else ``skip``."""
         ...
 
+    def stray(self, how: str, variables: Sequence[Any]) -> None:
+        """Tell the other ranks of a step along gradients that were never aggregated, and raise the error on all."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -48,6 +52,18 @@ class Backend(Protocol):
     hvd: Any
 
     def make_exchange(self, settings: Any) -> Exchange: ...
+
+    def untraced(self, function: Any) -> Any:
+        """The function, which the framework's compiler leaves as it is."""
+        ...
+
+    def decoded(self, error: Exception) -> Exception | None:
+        """The error of ours that the framework has raised as one of its own, if it is that."""
+        ...
+
+    def is_aggregated_elsewhere(self, variables: Sequence[Any]) -> bool:
+        """Whether something that is no optimizer of Keras aggregates the gradients of these variables."""
+        ...
 
 
 def keras_backend() -> str:
@@ -64,10 +80,14 @@ def keras_backend() -> str:
     return name
 
 
+def uses_keras_2() -> bool:
+    """Whether ``tf.keras`` is Keras 2, the package ``tf_keras``."""
+    return os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
+
+
 def require_tensorflow() -> None:
     """Raise an error unless ``tf.keras`` can be used."""
-    legacy = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
-    if not legacy and keras_backend() != "tensorflow":
+    if not uses_keras_2() and keras_backend() != "tensorflow":
         raise RuntimeError(
             f"Keras runs on {keras_backend()}, so this module is of no use. Import adacons_hvd.keras, which follows "
             "Keras' backend, or set KERAS_BACKEND=tensorflow before Keras is imported."

@@ -1,18 +1,31 @@
-"""What makes an optimizer a distributed one, whichever Keras it is of. No Keras is imported here."""
+"""The parts of a distributed optimizer that do not depend on which Keras it is of. No Keras is imported here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from ..aggregators import Aggregator
+from ..engine.settings import check_count, parameter_lists
 from .backends import backend_of
+from .guard import claim, forget_saved
 
-__all__ = ["Binding", "Distributed", "StateHolder", "distributed_class", "distributed_part", "make_binding"]
+__all__ = [
+    "Binding",
+    "Distributed",
+    "DistributedWithin",
+    "StateHolder",
+    "become",
+    "binding_of",
+    "distributed_part",
+    "make_binding",
+]
 
 
 class Binding:
-    """What an optimizer needs to aggregate. A plain object, so that Keras tracks none of it."""
+    """An optimizer's part in the aggregation. A plain object, so that Keras tracks none of it."""
 
     def __init__(
         self,
@@ -22,27 +35,59 @@ class Binding:
         average_passes: bool,
         scale_local: bool,
         local: Iterable[Any] = (),
+        different: Iterable[Any] = (),
     ) -> None:
-        if passes <= 0:
-            raise ValueError(f"backward_passes_per_step must be positive, got {passes!r}")
         self.backend = backend
         self.settings = settings
         self.passes = passes
         self.average_passes = average_passes
         self.scale_local = scale_local
+        #: The keys of variables whose gradients are each rank's own, and of others that are meant to differ.
         self.local = set(local)
+        self.different = set(different)
         self.exchange = backend.make_exchange(settings)
         #: The variables Keras is about to update; set while it does.
         self.variables: Sequence[Any] = ()
+        #: Whether the distributed optimizer is taking a step, so that gradients are about to be aggregated or were.
+        self.stepping = False
+
+    @property
+    def trains_alone(self) -> bool:
+        """Whether this rank is not meant to agree with any other."""
+        process_set = self.settings.process_set
+        return not process_set.included() or process_set.size() == 1
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step of the distributed optimizer, within which the plain ones that it is made of may take theirs."""
+        before, self.stepping = self.stepping, True
+        try:
+            yield
+        finally:
+            self.stepping = before
+
+    def stray(self, how: str, variables: Sequence[Any]) -> NoReturn:
+        """Raise the error for a step along gradients that were never aggregated, on this rank and on all others."""
+        self.exchange.stray(how, [v for v in variables if not self._is_local(v)])
+        raise AssertionError("stray() raises an error")
 
     def again(self) -> Binding:
         """The same settings for another optimizer."""
-        return Binding(self.backend, self.settings, self.passes, self.average_passes, self.scale_local, self.local)
+        return Binding(
+            self.backend,
+            self.settings,
+            self.passes,
+            self.average_passes,
+            self.scale_local,
+            self.local,
+            self.different,
+        )
 
     def reduce(self, gradients: Sequence[Any], variables: Sequence[Any], unscale: Any = 1.0) -> list[Any]:
         """Everyone's gradients, except for local variables."""
         gradients = list(gradients)
-        shared = [i for i, v in enumerate(variables) if self.backend.key_of(v) not in self.local]
+        claim(self, variables)
+        shared = [i for i, v in enumerate(variables) if not self._is_local(v)]
         for i in set(range(len(gradients))) - set(shared):
             gradients[i] = self.backend.local_gradient(gradients[i], self.settings.process_set, self.scale_local)
         if shared:
@@ -51,6 +96,9 @@ class Binding:
             for i, gradient in zip(shared, theirs, strict=True):
                 gradients[i] = gradient
         return gradients
+
+    def _is_local(self, variable: Any) -> bool:
+        return self.backend.key_of(variable) in self.local
 
     def accumulate(
         self,
@@ -61,12 +109,49 @@ class Binding:
     ) -> None:
         """Call ``apply`` with the gradients of ``backward_passes_per_step`` steps, or else ``skip``."""
 
-        def finish(sums: list[Any]) -> None:
-            if self.average_passes:
-                sums = [g if g is None else g / self.passes for g in sums]
-            apply(sums)
+        self.exchange.accumulate(gradients, variables, self.passes, lambda sums: apply(self._of_passes(sums)), skip)
 
-        self.exchange.accumulate(gradients, variables, self.passes, finish, skip)
+    def accumulated(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """Every ``backward_passes_per_step`` steps everyone's gradients of all these steps, else their sums so far."""
+
+        def finish(sums: list[Any]) -> list[Any]:
+            return self.reduce(self._of_passes(sums), variables)
+
+        found: list[Any] = self.exchange.accumulated(gradients, variables, self.passes, finish)
+        return found
+
+    def _of_passes(self, sums: list[Any]) -> list[Any]:
+        return [g if g is None else g / self.passes for g in sums] if self.average_passes else sums
+
+    # Copied with the optimizer it is of, it is for another optimizer.
+
+    def __copy__(self) -> Binding:
+        return self.again()
+
+    def __deepcopy__(self, memo: Any) -> Binding:
+        return self.again()
+
+    def __reduce__(self) -> Any:
+        settings = {field.name: getattr(self.settings, field.name) for field in dataclasses.fields(self.settings)}
+        named = [name for name in ("granularity", "groups") if not isinstance(settings[name], (str, int, type(None)))]
+        named += ["may_differ"] if self.different else []
+        named += ["register_local_var()"] if self.local else []
+        if named:
+            raise TypeError(
+                f"this distributed optimizer cannot be pickled, because {named[0]} names variables of this process. "
+                "Pickle its get_config(), or save its model, and distribute it anew"
+            )
+        process_set = settings.pop("process_set")
+        if process_set.process_set_id != 0:
+            settings["process_set"] = process_set
+        backend = self.backend.__name__.rpartition(".")[2].removesuffix("_backend")
+        return _binding_unpickled, (backend, settings, self.passes, self.average_passes, self.scale_local)
+
+
+def _binding_unpickled(backend: str, settings: dict[str, Any], *arguments: Any) -> Binding:
+    module = backend_of(backend)
+    settings.setdefault("process_set", module.hvd.global_process_set)
+    return Binding(module, module.Settings(**settings), *arguments)
 
 
 def make_binding(
@@ -76,24 +161,30 @@ def make_binding(
     backward_passes_per_step: int,
     average_aggregated_gradients: bool,
     scale_local_gradients: bool,
+    may_differ: Any,
     backend: str,
     **settings: Any,
 ) -> Binding:
     """A binding from the arguments of ``DistributedOptimizer``."""
     module = backend_of(backend)
+    check_count("backward_passes_per_step", backward_passes_per_step)
+    groups = module.checked_groups(groups, num_groups)
+    (different,) = parameter_lists("may_differ", [may_differ], module.is_variable, module.key_of)
     return Binding(
         module,
-        module.checked_settings(groups=module.checked_groups(groups, num_groups), **settings),
+        module.checked_settings(groups=groups, may_differ=different, **settings),
         backward_passes_per_step,
         average_aggregated_gradients,
         scale_local_gradients,
+        different=map(module.key_of, different),
     )
 
 
-class Distributed:
-    """What is added to an optimizer's class. Never instantiated itself."""
+class _Returned:
+    """The attributes of what ``DistributedOptimizer`` returns, and its copies, which are distributed, too."""
 
     _adacons: Binding
+    _adacons_wrap: Callable[[Any, Binding], Any]
 
     @property
     def aggregator(self) -> Aggregator | None:
@@ -113,20 +204,74 @@ class Distributed:
         """Keep the gradient of this variable each rank's own."""
         self._adacons.local.add(self._adacons.backend.key_of(variable))
 
+    # As Keras 3 copies optimizers: the configuration, and not the state.
 
-def distributed_class(mixin: type, base: type, from_config: Callable[..., Any]) -> type:
-    """The class of a distributed optimizer: ``base`` with ``mixin`` before it."""
-    return type(
+    def __copy__(self) -> Any:
+        return self.from_config(self.get_config())
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.from_config(self.get_config())
+
+    def __reduce__(self) -> Any:
+        return _optimizer_unpickled, (self._adacons_wrap, self.__class__, self.get_config(), self._adacons)
+
+    # Keras's own, as far as they are used here.
+    from_config: Any
+    get_config: Any
+
+
+def _optimizer_unpickled(
+    wrap: Callable[[Any, Binding], Any], base: Any, config: dict[str, Any], binding: Binding
+) -> Any:
+    return _wrapped_once(base.from_config(config), binding, wrap)
+
+
+def _wrapped_once(optimizer: Any, binding: Binding, wrap: Callable[[Any, Binding], Any]) -> Any:
+    return optimizer if distributed_part(optimizer) is not None else wrap(optimizer, binding)
+
+
+class Distributed(_Returned):
+    """The base of all that is added to an optimizer's class. Never instantiated itself."""
+
+
+class DistributedWithin(_Returned):
+    """The base of all that is added to the class of an optimizer around a distributed one. Never instantiated."""
+
+    inner_optimizer: Any
+
+    @property
+    def _adacons(self) -> Binding:  # type: ignore[override]
+        binding = binding_of(self.inner_optimizer)
+        assert binding is not None
+        return binding
+
+
+def become(optimizer: Any, mixin: type, binding: Binding, wrap: Callable[[Any, Binding], Any]) -> None:
+    """Put ``mixin`` before the optimizer's class; ``wrap`` does so to another.
+
+    The optimizer stays the same object, so whatever else knows it, a model or a callback, cannot step around the
+    aggregation; and variables it has built and state it has gathered all stay.
+    """
+    base = type(optimizer)
+
+    def from_config(cls: type, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        plain = base.from_config(config) if custom_objects is None else base.from_config(config, custom_objects)
+        return _wrapped_once(plain, binding.again(), wrap)
+
+    forget_saved(optimizer)
+    cls = type(
         base.__name__,
         (mixin, base),
         {
             "__module__": base.__module__,
             "from_config": classmethod(from_config),
+            "_adacons_wrap": staticmethod(wrap),
             # Keras writes an object's __class__ into files. Were it not the class that was wrapped,
             # what is saved could not be loaded without this package. type() still tells.
             "__class__": property(lambda self: base),
         },
     )
+    object.__setattr__(optimizer, "__class__", cls)
 
 
 def distributed_part(optimizer: Any) -> Any:
@@ -136,8 +281,14 @@ def distributed_part(optimizer: Any) -> Any:
     return optimizer
 
 
+def binding_of(optimizer: Any) -> Binding | None:
+    """The binding of the distributed optimizer that this is, or that is within it; None if there is none."""
+    part = distributed_part(optimizer)
+    return None if part is None else part._adacons
+
+
 class StateHolder:
-    """What the aggregator remembers, in the form in which both Kerases save attributes of optimizers.
+    """The aggregator's memory, in the form in which both Kerases save attributes of optimizers.
 
     It has its own place in a file, beside the optimizer's variables. An optimizer without it looks
     for no such place, so the file loads without this package, too.

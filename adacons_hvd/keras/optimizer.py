@@ -16,33 +16,39 @@ Two things come before ``apply`` or go around it:
 For these, and only for these, this module needs what Keras keeps to itself: an optimizer's
 ``_iterations`` (``iterations`` is another number where gradients accumulate), the variables it was
 built for (``_trainable_variables``), and its methods ``_backend_apply_gradients`` and
-``_clip_gradients``, which enclose the accumulation.
+``_clip_gradients``, which enclose the accumulation. The former is also where every step of every
+optimizer comes by, so that is where steps are found out that were never aggregated.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from .binding import Binding, Distributed, StateHolder, distributed_class, distributed_part
+from .backends import backend_of, keras_backend
+from .binding import Binding, Distributed, DistributedWithin, StateHolder, become, binding_of, distributed_part
+from .guard import check_step
+from .models import keep_distributed, keep_distributed_within, watch_steps
 from .saving import save_state_in_h5
 
 __all__ = ["wrap"]
+
+_backend = backend_of(keras_backend())
 
 # The base of all that Keras saves is not exported by name.
 _Saveable: Any = next(cls for cls in keras.optimizers.Optimizer.__mro__ if cls.__name__ == "KerasSaveable")
 
 
 class _Distributed(Distributed):
-    """What is added to the class of an optimizer of Keras 3."""
+    """The base that is added to the class of an optimizer of Keras 3."""
 
     #: Where Keras finds what to save.
     adacons_state: Any
 
+    @_backend.untraced
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> Any:
         binding = self._adacons
         if len(grads) == 0:
@@ -60,7 +66,8 @@ class _Distributed(Distributed):
                 raise ValueError(
                     "gradient_accumulation_steps and backward_passes_per_step both add gradients up; set one of them"
                 )
-            return super().apply(grads, trainable_variables)  # type: ignore[misc]
+            with binding.step():
+                return super().apply(grads, trainable_variables)  # type: ignore[misc]
         if binding.passes == 1:
             return self._apply_aggregated(grads, variables)
         binding.accumulate(
@@ -73,7 +80,8 @@ class _Distributed(Distributed):
 
     def _apply_aggregated(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Any:
         unscale = 1.0 if self.loss_scale_factor is None else 1 / self.loss_scale_factor
-        return super().apply(self._adacons.reduce(gradients, variables, unscale), variables)  # type: ignore[misc]
+        with self._adacons.step():
+            return super().apply(self._adacons.reduce(gradients, variables, unscale), variables)  # type: ignore[misc]
 
     def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Sequence[Any]) -> Any:
         self._adacons.variables = trainable_variables
@@ -96,31 +104,23 @@ class _Distributed(Distributed):
 
 def wrap(optimizer: Any, binding: Binding) -> Any:
     """Make an optimizer of Keras 3 a distributed one."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        # What has to be aggregated are true gradients, so it is done by the optimizer within.
-        optimizer.inner_optimizer = wrap(optimizer.inner_optimizer, binding)
-        return optimizer
     if distributed_part(optimizer) is not None:
         raise ValueError("this optimizer is distributed already; its gradients would be aggregated twice")
-    base = type(optimizer)
-
-    def from_config(cls: type, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        plain = base.from_config(config) if custom_objects is None else base.from_config(config, custom_objects)
-        return wrap(plain, binding.again())
-
-    # The result takes over what the optimizer holds instead of being constructed anew from its
-    # configuration, so variables it has built and state it has gathered all stay.
-    wrapped: Any = object.__new__(distributed_class(_Distributed, base, from_config))
-    wrapped.__dict__.update(optimizer.__dict__)
-    wrapped.__dict__["_adacons"] = binding
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        # What has to be aggregated are true gradients, so it is done by the optimizer within.
+        wrap(optimizer.inner_optimizer, binding)
+        become(optimizer, DistributedWithin, binding, wrap)
+        return optimizer
+    become(optimizer, _Distributed, binding, wrap)
+    optimizer.__dict__["_adacons"] = binding
     # Assigned as users assign attributes, so that TensorFlow's checkpoints find it, too.
-    wrapped.adacons_state = _state_class(binding.backend)(binding.exchange)
-    return wrapped
+    optimizer.adacons_state = _state_class(binding.backend)(binding.exchange)
+    return optimizer
 
 
 @functools.cache
 def _state_class(backend: Any) -> type:
-    """What the aggregator remembers, as something that Keras and the backend save."""
+    """The class of the aggregator's memory, as something that Keras and the backend save."""
 
     def _obj_type(self: Any) -> str:
         return "Optimizer"
@@ -128,45 +128,45 @@ def _state_class(backend: Any) -> type:
     return type("AggregatorState", (StateHolder, _Saveable, backend.StateBase), {"_obj_type": _obj_type})
 
 
-# --- what Keras decides before it asks the optimizer ----------------------------------------------
-#
-# Both functions below leave every optimizer alone that is not distributed.
+# --- what Keras does with optimizers, distributed or not --------------------------------------------
 
 
 def _check_finite_everywhere() -> None:
     cls = keras.optimizers.LossScaleOptimizer
     original = cls.check_finite
 
+    @_backend.untraced
+    def everywhere(binding: Binding, finite: Any) -> Any:
+        return binding.exchange.everywhere(finite)
+
     def check_finite(self: Any, grads: Sequence[Any]) -> Any:
-        finite = original(self, grads)
-        part = distributed_part(self)
-        return finite if part is None else part._adacons.exchange.everywhere(finite)
+        binding, finite = binding_of(self), original(self, grads)
+        return finite if binding is None else everywhere(binding, finite)
 
     cls.check_finite = check_finite
 
 
-def _compile_without_xla() -> None:
-    # Keras compares a model's compile with this class's, to see whether a model has its own.
-    trainer: Any = next(cls for cls in reversed(keras.Model.__mro__) if "compile" in vars(cls))
-    original = trainer.compile
+def _check_steps() -> None:
+    name = "_backend_apply_gradients"
+    cls: Any = next(cls for cls in keras.optimizers.Optimizer.__mro__ if name in vars(cls))
+    original = getattr(cls, name)
+
+    @_backend.untraced
+    def check(optimizer: Any, variables: Sequence[Any]) -> None:
+        distributed = issubclass(type(optimizer), Distributed)
+        check_step(_backend, optimizer, optimizer._adacons if distributed else None, variables)
 
     @functools.wraps(original)
-    def compile(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: A001 - Keras's name
-        original(self, *args, **kwargs)
-        if distributed_part(self.optimizer) is None or not self.jit_compile:
-            return
-        asked = args[7] if len(args) > 7 else kwargs.get("jit_compile", "auto")
-        self.jit_compile = False
-        warnings.warn(
-            "Horovod's operations cannot be compiled by XLA, so this model trains with jit_compile=False"
-            + ("" if asked == "auto" else f" instead of jit_compile={asked!r}")
-            + ".",
-            stacklevel=2,
-        )
+    def _backend_apply_gradients(self: Any, grads: Sequence[Any], trainable_variables: Sequence[Any]) -> Any:
+        check(self, trainable_variables)
+        return original(self, grads, trainable_variables)
 
-    trainer.compile = compile
+    setattr(cls, name, _backend_apply_gradients)
 
 
-save_state_in_h5(keras)
 _check_finite_everywhere()
-_compile_without_xla()
+_check_steps()
+watch_steps(keras)
+keep_distributed(keras, wrap)
+keep_distributed_within(keras.optimizers.LossScaleOptimizer, wrap)
+save_state_in_h5(keras)

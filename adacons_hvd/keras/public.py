@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 import keras
 
 from ..aggregators import Aggregator
-from ..binding import BUCKET_BYTES
+from ..engine.replicas import CHECK_REPLICAS
+from ..engine.settings import BUCKET_BYTES
 from .arguments import distribute, keep_local, make_load_model
 from .backends import backend_of, keras_backend
 
 __all__ = ["DistributedOptimizer", "PartialDistributedOptimizer", "load_model"]
+
+# From now on steps are watched, whichever optimizer takes them.
+import_module(".optimizer", __package__)
 
 _hvd = backend_of(keras_backend()).hvd
 
@@ -37,6 +42,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     schedule: str = "auto",
     granularity: str | Sequence[Sequence[Any]] = "model",
     bucket_bytes: int = BUCKET_BYTES,
+    check_replicas: int = CHECK_REPLICAS,
+    may_differ: Iterable[Any] = (),
 ) -> Any:
     """Wrap an optimizer so that its steps use the gradients of all workers.
 

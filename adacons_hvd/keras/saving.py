@@ -37,8 +37,6 @@ def load_model(
     if optimizer is None:
         return model
     model.optimizer = wrap(_rebuilt(optimizer, model, filepath))
-    model.jit_compile = False  # Horovod's operations cannot be compiled by XLA
-    model.train_function = None
     state = _saved_state(filepath)
     if state:
         distributed_part(model.optimizer)._adacons.exchange.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What the Keras binding needs of TensorFlow, for Keras 3 and for ``tf_keras``."""
+"""The parts of the Keras binding that need TensorFlow, for Keras 3 and for ``tf_keras``."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from ..collectives.horovod_tensorflow import make_variable
+from ..collectives.horovod_tensorflow import make_graph, make_variable
+from ..tensorflow import errors, tape
 from ..tensorflow.arguments import checked_groups, checked_settings
 from ..tensorflow.checkpoints import StateBase, state_in_checkpoint
-from ..tensorflow.reducer import Reducer, Settings, key_of, native, start_over
-from ..tensorflow.tape import TapeState, local_gradient, variables_of
+from ..tensorflow.reducer import Reducer, start_over
+from ..tensorflow.settings import Settings, is_variable, key_of, native
+from ..tensorflow.tape import TapeState, local_gradient
 
 __all__ = [
+    "Settings",
     "StateBase",
     "checked_groups",
     "checked_settings",
+    "decoded",
     "hvd",
+    "is_aggregated_elsewhere",
+    "is_variable",
     "key_of",
     "local_gradient",
     "make_exchange",
+    "native",
     "start_over",
     "state_in_checkpoint",
-    "variables_of",
+    "untraced",
 ]
 
+#: Has AutoGraph leave a function as it is. (XLA cannot compile it, and says so.)
+untraced = tf.autograph.experimental.do_not_convert
 
 #: What TensorFlow raises when a collective fails. Not what it raises for wrong arguments: those do
 #: not become right by doing the same once more.
@@ -45,7 +54,10 @@ OTHER_MEMORIES = (TapeState(),)
 class _Exchange(Reducer):
     """A reducer, and what an optimizer needs beside it."""
 
-    _count: tf.Variable | None = None
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._count: tf.Variable | None = None
+        self._sums: dict[Any, tf.Variable] = {}
 
     def everywhere(self, condition: tf.Tensor) -> tf.Tensor:
         """Whether a condition holds on every worker."""
@@ -57,6 +69,14 @@ class _Exchange(Reducer):
         against = self._collectives.allreduce(against, f"{self.name}.everywhere").wait()
         return tf.ensure_shape(against, (1,))[0] == 0
 
+    @property
+    def count(self) -> tf.Variable:
+        """How many steps' gradients have been added up."""
+        if self._count is None:
+            with tf.init_scope():
+                self._count = make_variable(tf.zeros((), tf.int64))
+        return self._count
+
     def accumulate(
         self,
         gradients: Sequence[Any],
@@ -66,10 +86,50 @@ class _Exchange(Reducer):
         skip: Callable[[], Any],
     ) -> None:
         """Add gradients up; call ``apply`` with their sums every ``passes`` times, else ``skip``."""
-        if self._count is None:
-            with tf.init_scope():
-                self._count = make_variable(tf.zeros((), tf.int64))
-            self._sums: dict[Any, tf.Variable] = {}
+        sums = self._add(gradients, variables)
+
+        def finish() -> tf.Tensor:
+            apply(_values(sums))
+            self._begin(sums)
+            return tf.constant(0)
+
+        def wait() -> tf.Tensor:
+            skip()
+            return tf.constant(0)
+
+        tf.cond(tf.equal(self.count, passes), finish, wait)
+
+    def accumulated(
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+        passes: int,
+        finish: Callable[[list[Any]], list[Any]],
+    ) -> list[Any]:
+        """Add gradients up; what ``finish`` makes of their sums every ``passes`` times, else the sums so far."""
+        sums = self._add(gradients, variables)
+        # A graph has gradients for the same variables in either case: where some rank has any. Which these are is
+        # known once the first branch is traced.
+        known = [i for i, total in enumerate(sums) if total is not None]
+
+        def finished() -> list[tf.Tensor]:
+            results = finish(_values(sums))
+            self._begin(sums)
+            known[:] = [i for i, result in enumerate(results) if result is not None]
+            return [tf.convert_to_tensor(results[i]) for i in known]
+
+        def so_far() -> list[tf.Tensor]:
+            values = _values(sums)
+            return [tf.zeros_like(native(variables[i])) if values[i] is None else values[i] for i in known]
+
+        found = tf.cond(tf.equal(self.count, passes), finished, so_far)
+        everything: list[Any] = [None] * len(sums)
+        for index, gradient in zip(known, found, strict=True):
+            everything[index] = gradient
+        return everything
+
+    def _add(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[tf.Variable | None]:
+        """Add to the sums, and count; the sums of these variables, None without a gradient."""
         sums: list[tf.Variable | None] = []
         for gradient, variable in zip(gradients, variables, strict=True):
             if gradient is None:
@@ -81,22 +141,19 @@ class _Exchange(Reducer):
                     self._sums[key] = make_variable(tf.zeros(tuple(variable.shape), gradient.dtype))
             self._sums[key].assign_add(tf.convert_to_tensor(gradient))
             sums.append(self._sums[key])
-        count = self._count.assign_add(1)
+        self.count.assign_add(1)
+        return sums
 
-        def finish() -> tf.Tensor:
-            assert self._count is not None
-            apply([None if total is None else total.read_value() for total in sums])
-            for total in sums:
-                if total is not None:
-                    total.assign(tf.zeros_like(total))
-            self._count.assign(0)
-            return tf.constant(0)
+    def _begin(self, sums: Sequence[tf.Variable | None]) -> None:
+        """Begin new sums."""
+        for total in sums:
+            if total is not None:
+                total.assign(tf.zeros_like(total))
+        self.count.assign(0)
 
-        def wait() -> tf.Tensor:
-            skip()
-            return tf.constant(0)
-
-        tf.cond(tf.equal(count, passes), finish, wait)
+    def stray(self, how: str, variables: Sequence[Any] = ()) -> None:
+        """Tell the other ranks of a step along gradients that were never aggregated, and raise the error on all."""
+        super().stray(how)
 
     def reset(self) -> None:
         super().reset()
@@ -106,8 +163,23 @@ class _Exchange(Reducer):
                 variable.assign(tf.zeros_like(variable))
 
 
+def _values(variables: Sequence[tf.Variable | None]) -> list[tf.Tensor | None]:
+    return [None if variable is None else variable.read_value() for variable in variables]
+
+
 def make_exchange(settings: Settings) -> _Exchange:
     return _Exchange(settings)
+
+
+def decoded(error: Exception) -> Exception | None:
+    """The error that a graph has found, which TensorFlow can only tell as one of its own."""
+    return errors.decoded(error) if isinstance(error, tf.errors.OpError) else None
+
+
+def is_aggregated_elsewhere(variables: Sequence[Any]) -> bool:
+    """Whether a ``DistributedGradientTape`` aggregates the gradients of one of these variables."""
+    keys, known = set(map(key_of, variables)), list[Any](tape._reducers)
+    return any(key in keys for *_, sources in known for key, _ in sources)
 
 
 def broadcast_variables(variables: Sequence[Any], root_rank: int, process_set: Any = hvd.global_process_set) -> None:
@@ -124,7 +196,7 @@ def broadcast_variables(variables: Sequence[Any], root_rank: int, process_set: A
                 hvd.broadcast(variable, root_rank, name=name, ignore_name_scope=True, process_set=process_set)
             )
 
-    tf.function(exchange, autograph=False)()
+    make_graph(exchange)()
 
 
 def average(values: Sequence[float]) -> list[float]:

@@ -1,33 +1,56 @@
-"""What the Keras binding needs of PyTorch, for Keras 3 with ``KERAS_BACKEND=torch``."""
+"""The parts of the Keras binding that need PyTorch, for Keras 3 with ``KERAS_BACKEND=torch``."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
+import keras
 import torch
 from horovod.torch.mpi_ops import ProcessSet
 
 from ..aggregators import Mean
-from ..binding import State, canonical_names
-from ..engine.settings import check_aggregator, check_granularity, check_predivide
+from ..agreement import DisagreementError
+from ..engine.memory import State
+from ..engine.replicas import stray_step
+from ..engine.session import canonical_names
+from ..engine.settings import (
+    check_aggregator,
+    check_compression,
+    check_count,
+    check_granularity,
+    check_groups,
+    check_members,
+    check_predivide,
+    check_process_set,
+    check_replicas_interval,
+)
 from ..torch.numbering import restart as start_over
 from ..torch.numbering import take_number
 from ..torch.reducer import Reducer, Settings
 
 __all__ = [
+    "Settings",
     "StateBase",
     "checked_groups",
     "checked_settings",
+    "decoded",
     "hvd",
+    "is_aggregated_elsewhere",
+    "is_variable",
     "key_of",
     "local_gradient",
     "make_exchange",
+    "native",
     "start_over",
-    "variables_of",
+    "untraced",
 ]
+
+#: Has ``torch.compile`` leave a function as it is: inside a compiled step, what ranks do is not what was written.
+untraced = torch.compiler.disable
 
 
 #: PyTorch has no checkpoints that find attributes by themselves.
@@ -38,6 +61,10 @@ COLLECTIVE_ERRORS: tuple[type[Exception], ...] = ()
 
 #: What remembers something beside an optimizer.
 OTHER_MEMORIES: tuple[Any, ...] = ()
+
+
+#: How many seconds a rank that is about to raise a ``StrayStepError`` waits for the others to hear of it.
+STRAY_SECONDS = 60.0
 
 
 class _Parameters:
@@ -70,21 +97,51 @@ class _Exchange:
     def reduce(self, gradients: Sequence[Any], variables: Sequence[Any], unscale: Any = 1.0) -> list[Any]:
         if not self.settings.process_set.included():
             return list(gradients)
-        parameters = [v.value for v in variables]
-        self._parameters.param_groups[0]["params"] = parameters
-        if self._reducer is None:
-            names = dict(zip(parameters, canonical_names([v.path for v in variables]), strict=True))
-            self._reducer = Reducer(self._parameters, names, 1, self.settings)  # type: ignore[arg-type]
-            if self._loaded is not None:
-                self._reducer.state.load_state_dict(self._loaded)
+        parameters, reducer = [v.value for v in variables], self._reducer_for(variables)
         kept = [p.grad for p in parameters]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.detach().clone()
-        self._reducer.synchronize(unscale)
+        reducer.synchronize(unscale)
         results = [p.grad for p in parameters]
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
         return results
+
+    def _reducer_for(self, variables: Sequence[Any]) -> Reducer:
+        parameters = [v.value for v in variables]
+        self._parameters.param_groups[0]["params"] = parameters
+        if self._reducer is None:
+            if not isinstance(self.settings.granularity, str):
+                # Later some may be frozen. What is frozen now may be trained later.
+                trained = [[p for p in group if p.requires_grad] for group in self.settings.granularity]
+                check_members("granularity", trained, set(map(id, parameters)))
+            names = dict(zip(parameters, canonical_names([v.path for v in variables]), strict=True))
+            self._reducer = Reducer(self._parameters, names, 1, self.settings)  # type: ignore[arg-type]
+            if self._loaded is not None:
+                self._reducer.state.load_state_dict(self._loaded)
+        return self._reducer
+
+    def stray(self, how: str, variables: Sequence[Any]) -> None:
+        """Tell the other ranks of a step along gradients that were never aggregated, and raise the error on all.
+
+        If the others take no more steps, this rank waits for :data:`STRAY_SECONDS` and then raises the error alone.
+        """
+        reducer, errors = self._reducer_for(variables), list[Exception]()
+
+        def tell() -> None:
+            try:
+                reducer.stray(how)
+            except Exception as error:
+                errors.append(error)
+
+        # In a thread of its own, because Horovod has no limit on how long it waits.
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(STRAY_SECONDS)
+        # Horovod's own error means that it is shutting down, so the others have ended.
+        if errors and isinstance(errors[0], DisagreementError):
+            raise errors[0]
+        raise stray_step([self.settings.process_set.rank()], how)
 
     def everywhere(self, condition: Any) -> Any:
         """Whether a condition holds on every worker."""
@@ -154,38 +211,52 @@ def checked_settings(**given: Any) -> Settings:
     """The settings, or an error that names the argument and the value."""
     for device in ("device_dense", "device_sparse"):
         given.pop(device)
-    op, aggregator, predivide = given.pop("op"), given.pop("aggregator"), given["gradient_predivide_factor"]
+    op, aggregator = given.pop("op"), given.pop("aggregator")
     if op != hvd.Average:
-        raise ValueError("with Keras on PyTorch, op must be Average")
-    check_predivide(predivide)
-    if aggregator is None:
-        aggregator = Mean()
+        raise ValueError(f"with Keras on PyTorch, op must be Average, got {op!r}")
     check_aggregator(aggregator, given["schedule"])
-    granularity = given.pop("granularity")
-    if not isinstance(granularity, str):
-        granularity = [[v.value for v in group] for group in granularity]
-    granularity = check_granularity(granularity, torch.is_tensor)
-    return Settings(aggregator=aggregator, granularity=granularity, overlap=False, grad_scaler=None, **given)
+    check_compression(given["compression"])
+    check_process_set(given["process_set"], ProcessSet)
+    check_count("bucket_bytes", given["bucket_bytes"])
+    check_predivide(given["gradient_predivide_factor"])
+    check_replicas_interval(given["check_replicas"])
+    given["granularity"] = _values(check_granularity(given["granularity"], is_variable))
+    given["may_differ"] = frozenset(v.value for v in given["may_differ"])
+    return Settings(aggregator=aggregator or Mean(), overlap=False, grad_scaler=None, **given)
 
 
 def checked_groups(groups: Any, num_groups: int) -> Any:
     if num_groups != 0:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=3)
         groups = num_groups if groups is None else groups
-    if groups is None or isinstance(groups, int):
-        return groups
-    return [[v.value for v in group] for group in groups]
+    return _values(check_groups(groups, is_variable))
+
+
+def _values(argument: Any) -> Any:
+    return [[v.value for v in group] for group in argument] if isinstance(argument, list) else argument
+
+
+def is_variable(thing: Any) -> bool:
+    """Whether this is a variable of Keras."""
+    return isinstance(thing, keras.Variable)
+
+
+def native(variable: Any) -> Any:
+    return variable
 
 
 def key_of(variable: Any) -> int:
     return id(variable)
 
 
-def variables_of(local_layers: Any) -> list[Any]:
-    if local_layers is None:
-        return []
-    layers = local_layers if isinstance(local_layers, (list, tuple, set)) else [local_layers]
-    return [variable for layer in layers for variable in layer.trainable_weights]
+def decoded(error: Exception) -> Exception | None:
+    """Errors are what they are on PyTorch."""
+    return None
+
+
+def is_aggregated_elsewhere(variables: Sequence[Any]) -> bool:
+    """Never: PyTorch has no tapes."""
+    return False
 
 
 def local_gradient(gradient: Any, process_set: ProcessSet, scale: bool) -> Any:

@@ -199,3 +199,37 @@ def _apply(keras: Any, optimizer: Any, gradients: Sequence[np.ndarray], variable
         import tensorflow as tf
 
         optimizer.apply_gradients(zip(map(tf.constant, single), variables, strict=True))
+
+
+def distributed(keras: Any, hvd: Any, aggregated: bool = True, **options: Any) -> Any:
+    """A distributed SGD."""
+    from adacons_hvd import AdaCons
+
+    options.setdefault("aggregator", AdaCons() if aggregated else None)
+    return hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), **options)
+
+
+def compiled(keras: Any, optimizer: Any, **options: Any) -> Any:
+    """The small model, compiled with this optimizer if there is one."""
+    model = network(keras)
+    if optimizer is not None:
+        model.compile(optimizer, loss="mse", **options)
+    return model
+
+
+def fit(model: Any, steps: int = 3, **options: Any) -> Any:
+    """Train by this rank's data; returns the model."""
+    model.fit(*data(8 * steps), batch_size=8, shuffle=False, verbose=0, **options)
+    return model
+
+
+def apply(keras: Any, model: Any, step: Any, variables: Any = None) -> None:
+    """Give ``step`` gradients of this rank alone, and variables of the model."""
+    variables = model.trainable_variables if variables is None else variables
+    gradients = [np.full(v.shape, 1.0 + harness.rank(), np.float32) for v in variables]
+    if hasattr(keras, "ops"):
+        step([keras.ops.convert_to_tensor(g) for g in gradients], variables)
+    else:
+        import tensorflow as tf
+
+        step([tf.constant(g) for g in gradients], variables)

@@ -43,7 +43,13 @@ def test_nothing_goes_through_python_and_steps_are_traced_once(cluster):
         for number in range(4):
             step(tf.constant(x), tf.constant(y), tf.constant([1, number]))
         graph = step.get_concrete_function(tf.constant(x), tf.constant(y), tf.constant([1, 2])).graph.as_graph_def()
-        nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+        # Where something is wrong Python is asked for words, in the branch of a condition that ends with an error.
+        errors = [
+            f.signature.name for f in graph.library.function if {"PyFunc", "Assert"} <= {n.op for n in f.node_def}
+        ]
+        functions = [f for f in graph.library.function if f.signature.name not in errors]
+        nodes = [*graph.node, *(node for function in functions for node in function.node_def)]
+        assert all(node.op == "If" for node in nodes if any(name in str(node.attr) for name in errors))
         kinds = {node.op for node in nodes}
         assert {"HorovodAllreduce", "HorovodAlltoall", "HorovodAllgather"} <= kinds
         names = [node.name for node in nodes if node.op.startswith("Horovod")]

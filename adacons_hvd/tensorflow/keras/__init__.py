@@ -23,6 +23,10 @@ from ...aggregators import Aggregator
 from ...engine.replicas import CHECK_REPLICAS
 from ...engine.settings import BUCKET_BYTES
 from ...keras.arguments import distribute, keep_local, make_load_model
+from ...keras.backends import uses_keras_2
+
+# From now on steps are watched, whichever optimizer takes them.
+import_module("adacons_hvd.keras.legacy" if uses_keras_2() else "adacons_hvd.keras.optimizer")
 
 # Horovod's modules of these names are here already, and would be what `from . import` finds.
 callbacks = import_module(".callbacks", __name__)

@@ -1,0 +1,284 @@
+"""Keras' optimizers, callbacks and options of ``compile``, as scripts use them: ranks end with equal weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from keras_job import KERAS_2, ON_TORCH, compiled, distributed, fit
+
+pytestmark = pytest.mark.time_limit(240)
+
+#: Every optimizer of Keras 3, and of Keras 2.
+OPTIMIZERS = {
+    "Adadelta": "Adadelta(0.1)",
+    "Adafactor": "Adafactor(0.01)",
+    "Adagrad": "Adagrad(0.01)",
+    "Adam": "Adam(0.01, amsgrad=True)",
+    "Adamax": "Adamax(0.01)",
+    "AdamW": "AdamW(0.01)",
+    "Ftrl": "Ftrl(0.01)",
+    "Lion": "Lion(0.01)",
+    "Nadam": "Nadam(0.01)",
+    "RMSprop": "RMSprop(0.01, centered=True)",
+    "SGD": "SGD(0.01, momentum=0.9, nesterov=True)",
+}
+OF_KERAS_3 = {
+    **OPTIMIZERS,
+    "LossScaleOptimizer": "LossScaleOptimizer(SGD(0.01), initial_scale=64.0)",
+    "MultiOptimizer": "MultiOptimizer(OptimizerMap(SGD(0.01), {'.*bias': Adam(0.01)}))",
+    "Muon": "Muon(0.01, exclude_layers=['nothing'])",
+    "ScheduleFreeAdamW": "ScheduleFreeAdamW(0.01)",
+}
+OF_KERAS_2 = {
+    **OPTIMIZERS,
+    **{f"legacy {name}": f"legacy.{name}(0.01)" for name in ("Adam", "Adagrad", "Ftrl", "RMSprop", "SGD")},
+}
+
+#: Options of ``compile``. Keras itself refuses ``steps_per_execution`` on PyTorch.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "jit_compile": {"jit_compile": True},
+    "no jit_compile": {"jit_compile": False},
+    "run_eagerly": {"run_eagerly": True},
+    "metrics": {"metrics": ["mae"], "weighted_metrics": ["mse"]},
+    "steps_per_execution": {"steps_per_execution": 2},
+}
+OPTIONS_OF_KERAS_3: dict[str, dict[str, Any]] = {
+    **OPTIONS,
+    "jit_compile, if it can be had": {"jit_compile": "auto"},
+    "no auto_scale_loss": {"auto_scale_loss": False},
+}
+OPTIONS_ON_TORCH = {name: options for name, options in OPTIONS_OF_KERAS_3.items() if name != "steps_per_execution"}
+
+#: Ways to make a model train with ``jit_compile=True``.
+JIT = {
+    "compile": lambda keras, model: model.compile(model.optimizer, loss="mse", jit_compile=True),
+    "set later": lambda keras, model: setattr(model, "jit_compile", True),
+    "compile_from_config": lambda keras, model: model.compile_from_config(
+        {**model.get_compile_config(), "jit_compile": True}
+    ),
+}
+
+
+def train_with_optimizers(expressions: dict[str, str]) -> list[str]:
+    """Train by each of them, with an aggregator and without; the names of those whose ranks ended alike."""
+    from keras_job import assert_equal_bits, keras_and_hvd
+
+    from adacons_hvd import AdaCons
+
+    keras, hvd = keras_and_hvd()
+    names = {name: getattr(keras.optimizers, name) for name in dir(keras.optimizers)}
+    done = []
+    for name, expression in expressions.items():
+        if expression.split("(")[0] not in names and not expression.startswith("legacy"):
+            continue  # of another version of Keras
+        for aggregator in (AdaCons(), None):
+            try:
+                optimizer = hvd.DistributedOptimizer(eval(expression, dict(names)), aggregator=aggregator)
+                model = fit(compiled(keras, optimizer))
+                before = model.get_weights()
+                fit(model, 1)
+            except Exception as error:
+                raise AssertionError(f"failed with {name}") from error
+            assert_equal_bits(model, optimizer)
+            assert any((old != new).any() for old, new in zip(before, model.get_weights(), strict=True)), name
+        done.append(name)
+    return done
+
+
+def train_with_options(options: dict[str, dict[str, Any]]) -> list[str]:
+    """Train with each of these options, by ``fit`` and by ``train_on_batch``."""
+    import warnings
+
+    from keras_job import assert_equal_bits, data, keras_and_hvd
+
+    keras, hvd = keras_and_hvd()
+    done = []
+    for name, arguments in options.items():
+        for aggregated in (True, False):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model = compiled(keras, distributed(keras, hvd, aggregated), **arguments)
+                fit(model)
+                x, y = data(8)
+                model.train_on_batch(x, y)
+                model.evaluate(x, y, verbose=0)
+            told = [str(w.message) for w in caught if "jit_compile=False" in str(w.message)]
+            assert len(told) == (arguments.get("jit_compile") is True), told
+            assert_equal_bits(model, model.optimizer)
+        done.append(name)
+    return done
+
+
+def train_with_jit(folder: str) -> list[str]:
+    """Train a model that is to be compiled, whichever way it was told so."""
+    import harness
+    from keras_job import assert_equal_bits, data, keras_and_hvd
+
+    from adacons_hvd import AdaCons
+
+    keras, hvd = keras_and_hvd()
+    done = []
+    for name, ask in JIT.items():
+        for aggregated in (True, False):
+            for train in ("fit", "train_on_batch"):
+                model = compiled(keras, distributed(keras, hvd, aggregated))
+                ask(keras, model)
+                assert model.jit_compile
+                if train == "fit":
+                    fit(model)
+                else:
+                    model.train_on_batch(*data(8))
+                assert_equal_bits(model, model.optimizer)
+                assert not model.jit_compile
+                if aggregated:
+                    assert model.optimizer.report is not None
+                # Told so once more, in the middle of training.
+                model.jit_compile = True
+                assert_equal_bits(fit(model), model.optimizer)
+        done.append(name)
+    path = f"{folder}/{harness.rank()}.keras"
+    plain = compiled(keras, keras.optimizers.SGD(0.01), jit_compile=True)
+    plain.save(path)
+    loaded = hvd.load_model(path, aggregator=AdaCons())
+    assert_equal_bits(fit(loaded), loaded.optimizer)
+    assert plain.jit_compile, "a model without a distributed optimizer is none of our business"
+    return [*done, "load_model"]
+
+
+def train_compiled() -> bool:
+    """Train by a step that the user has compiled, by ``torch.compile``; only our part of it is not."""
+    import torch
+    from keras_job import assert_equal_bits, data, keras_and_hvd
+
+    keras, hvd = keras_and_hvd()
+    model = compiled(keras, distributed(keras, hvd))
+    x, y = (torch.from_numpy(array) for array in data(8))
+
+    @torch.compile(backend="eager")
+    def step() -> None:
+        model.zero_grad()
+        (model(x) - y).square().mean().backward()
+        variables = model.trainable_variables
+        with torch.no_grad():
+            model.optimizer.apply([v.value.grad for v in variables], variables)
+
+    for _ in range(3):
+        step()
+    assert_equal_bits(model, model.optimizer)
+    assert model.optimizer.report.steps == 3
+    compiled_by_torch = torch.nn.Linear(2, 2)
+    compiled_by_torch.compile(backend="eager")  # torch.nn.Module's own, whatever Keras calls compile
+    return bool(torch.isfinite(compiled_by_torch(torch.ones(1, 2))).all())
+
+
+def replaced() -> list[int]:
+    """Another optimizer is assigned to a model that has trained, without compiling it anew."""
+    from keras_job import assert_equal_bits, keras_and_hvd
+
+    keras, hvd = keras_and_hvd()
+    steps = []
+    model = compiled(keras, distributed(keras, hvd, False))
+    fit(model)
+    model.optimizer = distributed(keras, hvd)
+    assert_equal_bits(fit(model))
+    steps.append(model.optimizer.report.steps)
+    # An optimizer is distributed only once a model has been compiled with it.
+    plain = keras.optimizers.SGD(0.01)
+    model = compiled(keras, plain)
+    from adacons_hvd import AdaCons
+
+    hvd.DistributedOptimizer(plain, aggregator=AdaCons())
+    assert_equal_bits(fit(model))
+    steps.append(model.optimizer.report.steps)
+    return steps
+
+
+def train_with_callbacks(folder: str) -> list[str]:
+    """Train with all of Keras' callbacks that touch the optimizer, the weights or the course of training."""
+    import harness
+    from keras_job import assert_equal_bits, keras_and_hvd
+
+    from adacons_hvd.keras.binding import distributed_part
+
+    keras, hvd = keras_and_hvd()
+    callbacks = keras.callbacks
+    mine = f"{folder}/{harness.rank()}"
+    average = hvd.callbacks.MetricAverageCallback
+    lists = {
+        "LearningRateScheduler": lambda: [callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5)],
+        # What they decide by is averaged, so that all ranks decide alike.
+        "ReduceLROnPlateau": lambda: [average(), callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=10.0)],
+        "EarlyStopping": lambda: [
+            average(),
+            callbacks.EarlyStopping("loss", patience=1, min_delta=10.0, restore_best_weights=True),
+        ],
+        "ModelCheckpoint": lambda: [callbacks.ModelCheckpoint(f"{mine}.keras", monitor="loss")],
+        "weights": lambda: [callbacks.ModelCheckpoint(f"{mine}.weights.h5", save_weights_only=True, monitor="loss")],
+        "TerminateOnNaN": lambda: [callbacks.TerminateOnNaN()],
+        "BackupAndRestore": lambda: [callbacks.BackupAndRestore(f"{mine}.backup")],
+        "CSVLogger": lambda: [callbacks.CSVLogger(f"{mine}.csv"), callbacks.History(), callbacks.ProgbarLogger()],
+        "LambdaCallback": lambda: [callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None)],
+        "SwapEMAWeights": lambda: [callbacks.SwapEMAWeights()],
+    }
+    done = []
+    for name, make in lists.items():
+        if name == "SwapEMAWeights" and not hasattr(callbacks, name):
+            continue
+        ema = {"use_ema": True, "ema_momentum": 0.5} if name == "SwapEMAWeights" else {}
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, **ema))
+        model = compiled(keras, optimizer)
+        fit(model, 2, epochs=3, callbacks=make())
+        assert_equal_bits(model, optimizer)
+        assert distributed_part(model.optimizer) is optimizer
+        # Training goes on.
+        assert_equal_bits(fit(model, 1), optimizer)
+        done.append(name)
+    return done
+
+
+CALLBACKS_OF_KERAS_2 = [
+    *("LearningRateScheduler", "ReduceLROnPlateau", "EarlyStopping", "ModelCheckpoint", "weights", "TerminateOnNaN"),
+    *("BackupAndRestore", "CSVLogger", "LambdaCallback"),
+]
+CALLBACKS = [*CALLBACKS_OF_KERAS_2, "SwapEMAWeights"]
+
+
+class Scripts:
+    optimizers = OF_KERAS_3
+    options = OPTIONS_OF_KERAS_3
+    callbacks = CALLBACKS
+
+    def test_optimizers(self, cluster):
+        assert cluster.run(train_with_optimizers, self.optimizers) == [list(self.optimizers)] * 2
+
+    def test_options_of_compile(self, cluster):
+        assert cluster.run(train_with_options, self.options) == [list(self.options)] * 2
+
+    def test_jit_compile_is_switched_off_whatever_asks_for_it(self, cluster, tmp_path):
+        assert cluster.run(train_with_jit, str(tmp_path)) == [[*JIT, "load_model"]] * 2
+
+    def test_an_optimizer_that_takes_the_place_of_another(self, cluster):
+        assert cluster.run(replaced) == [[3, 3]] * 2
+
+    def test_callbacks(self, cluster, tmp_path):
+        assert cluster.run(train_with_callbacks, str(tmp_path)) == [self.callbacks] * 2
+
+
+@pytest.mark.ranks(2, launcher="gloo", pool="tensorflow")
+class TestOnTensorFlow(Scripts): ...
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+class TestOnTorch(Scripts):
+    options = OPTIONS_ON_TORCH
+
+    def test_a_step_compiled_by_the_user(self, cluster):
+        assert cluster.run(train_compiled) == [True, True]
+
+
+@pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
+class TestOfKeras2(Scripts):
+    optimizers = OF_KERAS_2
+    options = OPTIONS
+    callbacks = CALLBACKS_OF_KERAS_2
