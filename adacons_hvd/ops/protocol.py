@@ -193,3 +193,7 @@ class Ops(Protocol):
     def digest(self, tensors: Iterable[Tensor]) -> Tensor:
         """A number (int64) that differs if bits of the tensors do, and is the same on any processor if not."""
         ...
+
+    def arithmetic(self, device: Any) -> str:
+        """What combines gradients on a device. Ranks must have it in common, because last bits depend on it."""
+        ...

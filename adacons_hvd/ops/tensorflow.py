@@ -433,3 +433,8 @@ def _sum_of_words(flat: tf.Tensor) -> tf.Tensor:
     if whole < flat.shape[0]:
         total += tf.reduce_sum(tf.cast(tf.bitcast(flat[whole:], tf.uint8), tf.int64))
     return total
+
+
+def arithmetic(device: str) -> str:
+    """What combines gradients on a device. Ranks must have it in common, because last bits depend on it."""
+    return "TensorFlow's operations"
