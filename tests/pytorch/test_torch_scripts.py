@@ -27,22 +27,15 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.01)
 
 
-def names_of(module, base, without=()):
-    """The public classes of a module of PyTorch's that derive from ``base``."""
-    found = [name for name, cls in vars(module).items() if isinstance(cls, type) and issubclass(cls, base)]
-    return sorted(name for name in found if name[0] != "_" and name not in without)
-
-
 def test_every_optimizer_of_torch(cluster):
     def case():
         import torch
         from torch_job import Batches, assert_equal_bits, loss_of, network
+        from torch_lists import OPTIMIZERS, trained_by
 
-        names = names_of(torch.optim, torch.optim.Optimizer, without=("Optimizer", "SparseAdam"))
-        for name in names:
+        for name in OPTIMIZERS:
             model, batches = network(), Batches()
-            matrices = [p for p in model.parameters() if p.ndim == 2]
-            parameters = matrices if name == "Muon" else list(model.parameters())
+            parameters = trained_by(name, model)
             named = [(n, p) for n, p in model.named_parameters() if any(p is q for q in parameters)]
             import adacons_hvd.torch as hvd
             from adacons_hvd import AdaCons
@@ -67,29 +60,10 @@ def test_every_optimizer_of_torch(cluster):
                 model.zero_grad()
             assert_equal_bits(parameters)
             assert optimizer.report.steps >= 3, name
-        return names
+        return OPTIMIZERS
 
     (names, _) = cluster.run(case)
     assert {"SGD", "Adam", "AdamW", "LBFGS", "RMSprop"} <= set(names)
-
-
-SCHEDULERS = {
-    "LambdaLR": {"lr_lambda": lambda step: 0.9**step},
-    "MultiplicativeLR": {"lr_lambda": lambda step: 0.9},
-    "StepLR": {"step_size": 2},
-    "MultiStepLR": {"milestones": [1, 3]},
-    "ConstantLR": {},
-    "LinearLR": {},
-    "ExponentialLR": {"gamma": 0.9},
-    "CosineAnnealingLR": {"T_max": 5},
-    "PolynomialLR": {"total_iters": 5},
-    "CyclicLR": {"base_lr": 0.001, "max_lr": 0.02, "step_size_up": 2},
-    "OneCycleLR": {"max_lr": 0.02, "total_steps": 10},
-    "CosineAnnealingWarmRestarts": {"T_0": 3},
-    "ReduceLROnPlateau": {"patience": 0},
-    "ChainedScheduler": None,
-    "SequentialLR": None,
-}
 
 
 @pytest.mark.parametrize("made_for", ["base", "distributed"])
@@ -102,16 +76,9 @@ def test_every_learning_rate_scheduler_in_both_orders(cluster, made_for):
 
         import torch
         from torch_job import Batches, assert_equal_bits, loss_of, network
+        from torch_lists import LR, SCHEDULERS, advance, names_of, scheduler_for
 
-        lr = torch.optim.lr_scheduler
-
-        def scheduler_for(name, optimizer):
-            if SCHEDULERS[name] is not None:
-                return getattr(lr, name)(optimizer, **SCHEDULERS[name])
-            parts = [lr.ConstantLR(optimizer), lr.ExponentialLR(optimizer, 0.9)]
-            return lr.ChainedScheduler(parts) if name == "ChainedScheduler" else lr.SequentialLR(optimizer, parts, [2])
-
-        known = names_of(lr, lr.LRScheduler, without=("LRScheduler",))
+        known = names_of(LR, LR.LRScheduler, without=("LRScheduler",))
         unlisted = [name for name in known if name not in SCHEDULERS]
         for name in SCHEDULERS:
             model, batches = network(), Batches()
@@ -134,7 +101,7 @@ def test_every_learning_rate_scheduler_in_both_orders(cluster, made_for):
                         warnings.simplefilter("ignore")
                         twin_of.step()
                         for s, o, seen in ((scheduler, optimizer, rates), (twin, twin_of, expected)):
-                            s.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+                            advance(s)
                             seen.append(o.param_groups[0]["lr"])
             assert rates == expected, name
             assert optimizer.report.steps == 5, name
