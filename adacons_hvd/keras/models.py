@@ -104,7 +104,7 @@ def keep_distributed(keras: Any, wrap: Wrap) -> None:
         result = compile_original(self, config)
         optimizer = getattr(self, "optimizer", None)
         if mark is not None and optimizer is not None:
-            self.optimizer = _heed(mark, optimizer, wrap)
+            _heed(mark, optimizer, wrap)
         return result
 
     cls.get_compile_config = get_compile_config
@@ -125,7 +125,9 @@ def keep_distributed_within(cls: Any, wrap: Wrap) -> None:
     def from_config(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
         mark = _mark_of(config.get("inner_optimizer"))
         optimizer = from_original(cls, config, *args, **kwargs)
-        return optimizer if mark is None else _heed(mark, optimizer, wrap)
+        if mark is not None:
+            _heed(mark, optimizer, wrap)
+        return optimizer
 
     cls.get_config = get_config
     cls.from_config = classmethod(from_config)
@@ -141,15 +143,15 @@ def _mark_of(config: Any) -> str | None:
     return config.get(_KEY) if isinstance(config, dict) else None
 
 
-def _heed(mark: str, optimizer: Any, wrap: Wrap) -> Any:
+def _heed(mark: str, optimizer: Any, wrap: Wrap) -> None:
     """Distribute an optimizer again as it was before, or note that it was."""
-    if distributed_part(optimizer) is not None:
-        return optimizer
     binding = getattr(mark, "binding", None)
+    if distributed_part(optimizer) is not None:
+        return
     if binding is not None:
-        return wrap(optimizer, binding.again())
-    mark_saved(getattr(optimizer, "inner_optimizer", None) or optimizer)
-    return optimizer
+        wrap(optimizer, binding.again())
+    else:
+        mark_saved(getattr(optimizer, "inner_optimizer", None) or optimizer)
 
 
 def _defining(cls: Any, name: str) -> Any:

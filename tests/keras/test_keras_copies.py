@@ -119,6 +119,33 @@ def load_without_this_package(folder: str) -> list[str]:
     return messages
 
 
+def scaled_by_compile() -> list[str]:
+    """Copies of a LossScaleOptimizer that ``compile`` has put around a distributed optimizer, and their first steps."""
+    from keras_job import assert_equal_bits, keras_and_hvd
+
+    from adacons_hvd.engine.replicas import StrayStepError
+    from adacons_hvd.keras.binding import distributed_part
+
+    keras, hvd = keras_and_hvd()
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        model = fit(compiled(keras, distributed(keras, hvd)))
+        scaler = model.optimizer
+        assert type(scaler).__name__.startswith("LossScaleOptimizer")
+        again = scaler.from_config(scaler.get_config())
+        assert distributed_part(again) is not None
+        assert_equal_bits(fit(compiled(keras, again)))
+        messages = []
+        if hasattr(scaler, "apply"):  # Keras 2 copies none
+            for copied in (copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler))):
+                with pytest.raises(StrayStepError) as caught:
+                    fit(compiled(keras, copied))
+                messages += re.findall("is none since Keras has loaded it", str(caught.value))
+        return messages
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+
+
 def what_cannot_be_pickled() -> list[str]:
     from keras_job import keras_and_hvd
 
@@ -173,6 +200,7 @@ def attributes(kind: str) -> list[Any]:
 
 class Copies:
     kinds: tuple[str, ...] = ("SGD", "LossScaleOptimizer")
+    copied_by_keras = 2
 
     def test_copies_are_distributed(self, cluster):
         for kind in self.kinds:
@@ -180,6 +208,10 @@ class Copies:
 
     def test_what_keras_loads_by_itself_takes_no_step(self, cluster, tmp_path):
         assert cluster.run(load_without_this_package, str(tmp_path)) == [["rank 0"] * 4, ["rank 1"] * 4]
+
+    def test_a_loss_scaler_that_compile_has_added(self, cluster):
+        expected = ["is none since Keras has loaded it"] * self.copied_by_keras
+        assert cluster.run(scaled_by_compile) == [expected] * 2
 
     def test_what_cannot_be_pickled_says_why(self, cluster):
         first, second = cluster.run(what_cannot_be_pickled)
@@ -205,3 +237,4 @@ class TestOnTorch(Copies): ...
 @pytest.mark.ranks(2, launcher="gloo", **KERAS_2)
 class TestOfKeras2(Copies):
     kinds = ("SGD", "LossScaleOptimizer", "legacy", "legacy LossScaleOptimizer")
+    copied_by_keras = 0
