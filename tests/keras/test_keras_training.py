@@ -201,7 +201,7 @@ def test_jit_compile_is_turned_off_with_one_message(cluster):
                     jit_compile=asked,
                 )
                 model.fit(*data(16), batch_size=8, verbose=0)
-            found = [str(w.message) for w in caught if "XLA" in str(w.message)]
+            found = [str(w.message) for w in caught if "jit_compile" in str(w.message)]
             assert len(found) == 1, found
             messages += found
             assert_equal_bits(model)
@@ -210,9 +210,8 @@ def test_jit_compile_is_turned_off_with_one_message(cluster):
         assert plain.jit_compile, "a model without a distributed optimizer is none of our business"
         return messages
 
-    results = cluster.run(jit)
-    assert results[0][0].endswith("trains with jit_compile=False instead of jit_compile=True.")
-    assert results[0][1].endswith("trains with jit_compile=False.")
+    for messages in cluster.run(jit):
+        assert all(message.endswith("trains with jit_compile=False") for message in messages)
 
 
 def freeze(granularity: str) -> list[float]:
@@ -273,7 +272,7 @@ def test_a_rank_that_freezes_alone_is_an_error_everywhere(cluster):
             model.fit(*data(8), batch_size=8, verbose=0)
         return type(caught.value).__name__
 
-    assert cluster.run(freeze_alone) == ["InvalidArgumentError", "DisagreementError"]
+    assert cluster.run(freeze_alone) == ["DisagreementError"] * 2
 
 
 def disagree(difference: str) -> str:
