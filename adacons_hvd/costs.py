@@ -1,4 +1,4 @@
-"""What a schedule costs on a given cluster, and which one ``schedule="auto"`` takes.
+"""The cost of each schedule on a given cluster, by which ``schedule="auto"`` takes the cheapest.
 
 The time of a step's collectives is put together from the *rates* of a cluster: how long one
 collective of each kind takes, by the size of its message, and how fast what arrives is read. Rates

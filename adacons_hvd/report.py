@@ -1,4 +1,4 @@
-"""What a step did, for whoever wants to know.
+"""A report on one step.
 
 A report holds the tensors the step computed anyway, wherever they are. Nothing is copied, awaited
 or computed until an attribute is read, and reading is the only thing that moves data to the host.

@@ -34,7 +34,7 @@ def aggregate_before_unscaling() -> None:
 
 
 def unscale(grad_scaler: Any, reference: torch.Tensor) -> torch.Tensor | float:
-    """What gradients have to be multiplied by to undo the loss scale in force."""
+    """The factor by which gradients have to be multiplied to undo the loss scale in force."""
     if grad_scaler is None or not grad_scaler.is_enabled():
         return 1.0
     # Scaling a one gives the scale without asking the device for its value.

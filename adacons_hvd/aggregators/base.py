@@ -1,4 +1,4 @@
-"""What every aggregator is: statistics of N workers' gradients in, N weights out, made safe and counted.
+"""The base of every aggregator: statistics of N workers' gradients in, N weights out, made safe and counted.
 
 All tensors here are small, ``[..., N]`` float64: N workers on the last axis, any number of groups
 of parameters before it, so that ten thousand layers cost as many operations as one. Nothing
@@ -22,7 +22,7 @@ NONFINITE_POLICIES = ("propagate", "exclude", "raise")
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known about N workers' gradients, for one group of parameters or several.
+    """The inner products of N workers' gradients, for one group of parameters or several.
 
     >>> import torch
     >>> g = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
@@ -79,7 +79,7 @@ class Decision:
 
     #: ``gamma``, ``[..., N]``: the aggregated gradient is ``sum_i gamma_i g_i``.
     weights: Tensor
-    #: What the aggregator carries to the next step.
+    #: The memory that the aggregator carries to the next step.
     memory: Memory
     #: ``[..., 1]``, boolean: this step is the plain average, because the aggregator had no answer.
     fallback: Tensor
@@ -101,7 +101,7 @@ class Aggregator:
     #: squares then refuse to run, and ``schedule="auto"`` chooses among the others.
     needs_gramian: ClassVar[bool] = False
 
-    #: What a gradient that holds NaN or infinity does: ``"propagate"`` (the step is the plain
+    #: The effect of a gradient that holds NaN or infinity: ``"propagate"`` (the step is the plain
     #: average, so every rank sees the value and a loss scaler skips the step everywhere),
     #: ``"exclude"`` (that worker sits this step out) or ``"raise"`` (an error on every rank).
     nonfinite: str = "propagate"
@@ -269,12 +269,12 @@ def _zero_unless(condition: Tensor, s: Statistics) -> Statistics:
     return Statistics(ops.where(condition, s.dots, zero), ops.where(condition, s.squares, zero), s.present, gramian)
 
 
-#: What is in every aggregator's memory; the rest is its own.
+#: The names in every aggregator's memory; the rest is its own.
 _COMMON = ("steps", "fallbacks", "length")
 
 
 def _own(memory: Memory) -> Memory:
-    """What in a memory is the aggregator's own."""
+    """The part of a memory that is the aggregator's own."""
     return {name: value for name, value in memory.items() if name not in _COMMON}
 
 

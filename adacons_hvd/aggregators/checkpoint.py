@@ -1,4 +1,4 @@
-"""What an aggregator carries from step to step, and the form in which checkpoints hold it."""
+"""The memory that an aggregator carries from step to step, and the form in which checkpoints hold it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..ops import Tensor
 
 __all__ = ["STATE_VERSION", "Memory", "pack_memory", "unpack_memory"]
 
-#: What an aggregator carries from step to step: named float64 tensors, empty at first.
+#: The memory that an aggregator carries from step to step: named float64 tensors, empty at first.
 Memory = dict[str, Tensor]
 
 #: The layout of :func:`pack_memory`, raised when a change would misread older states.

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What the command understands."""
+    """Make the parser of the command's arguments."""
     parser = argparse.ArgumentParser(prog="adacons", description="Look before and while you train with AdaCons.")
     parser.add_argument("--version", action="version", version=f"adacons_hvd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -34,7 +34,7 @@ print(json.dumps(found))
 
 
 def how_built() -> dict[str, Any]:
-    """What the installed Horovod says of its build; None for what a Horovod from elsewhere does not say."""
+    """The installed Horovod's report on its build, with None for what one from elsewhere does not say."""
     spec = find_spec("horovod")
     said: dict[str, str] = {}
     for folder in (spec.submodule_search_locations or []) if spec else []:

@@ -41,7 +41,7 @@ def path_of(program: str) -> str | None:
 
 
 def check(framework: str, launcher: str) -> dict[str, Any]:
-    """What worked, and if something did not, why."""
+    """Whether each thing worked, and if not, why."""
     error = _missing(framework, launcher)
     lines: list[Line] = []
     if error is None:
@@ -83,7 +83,7 @@ def _launch(launcher: str) -> list[str]:
 
 
 def _said(output: str) -> Iterator[Line]:
-    """What the ranks have to say; launchers can put what two of them say on one line, or cut it off."""
+    """The messages of the ranks; launchers can put those of two on one line, or cut one off."""
     decoder = json.JSONDecoder()
     for match in re.finditer(re.escape(live.MARK), output):
         with contextlib.suppress(json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""What the command shows on a terminal: tables on standard output, progress on standard error."""
+"""The command's output on a terminal: tables on standard output, progress on standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed here, which launchers and operations work, and which schedule is chosen.
+"""Shows what is installed here, which launchers and operations work, and which schedule is chosen.
 
 The proof is live: two processes under each launcher and framework run Horovod's operations and take steps with
 AdaCons in every schedule, whose results are compared with those computed in one place. They run on the processor, so

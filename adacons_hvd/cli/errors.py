@@ -8,7 +8,7 @@ __all__ = ["CommandError", "require"]
 
 
 class CommandError(Exception):
-    """What is wrong and what to do, in a sentence."""
+    """An error that says in a sentence what is wrong and what to do."""
 
 
 def require(package: str, purpose: str) -> None:

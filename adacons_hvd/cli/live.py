@@ -17,7 +17,7 @@ MARK = "adacons-live: "
 #: Elements of the gradients for which the choice of a schedule is shown: 40 kB, 4 MB, 16 MB.
 SIZES = (10_000, 1_000_000, 4_000_000)
 SCHEDULES = ("two-pass", "one-pass", "gather")
-#: What the two ranks have in steps whose result is checked.
+#: The gradients of the two ranks in steps whose result is checked.
 GRADIENTS = [[2.0, 0.5, -1.0], [1.5, 1.0, 0.0]]
 
 

@@ -105,7 +105,7 @@ def _keras_model(model: Any) -> Model:
 
 
 class _KerasModel:
-    """What both backends share."""
+    """The parts that both backends share."""
 
     # Data sets of Keras that have a length hold batches.
     collate: Callable[[list[Any]], Any] | None = None

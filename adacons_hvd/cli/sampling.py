@@ -14,7 +14,7 @@ Batch = Any
 
 
 class Framework(Protocol):
-    """What differs between frameworks in making batches."""
+    """The parts of making batches that differ between frameworks."""
 
     #: Makes a batch of samples; None where data sets with a length hold batches, not samples.
     collate: Callable[[list[Any]], Batch] | None

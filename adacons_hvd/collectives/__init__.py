@@ -1,4 +1,4 @@
-"""What the schedules need from a communication library, and nothing more.
+"""The collectives that schedules need of a communication library, and nothing more.
 
 A :class:`Collectives` is a group of workers that can reduce, gather and exchange tensors. There is
 one implementation per library and framework, each a single file here; the schedules are written
@@ -41,7 +41,7 @@ class Collectives(Protocol):
     #: How many workers there are, and which one this is.
     size: int
     rank: int
-    #: What carries the messages, in words that tell one library or transport from another.
+    #: The library and transport that carry the messages, in words that tell one from another.
     kind: str
 
     # Where `out` is given, the result is put there if the library can. It may be `tensor` itself

@@ -115,7 +115,7 @@ class Notes:
         return Stop(sorted({self._me, *self._came(verdict)}), stray, why)
 
     def stopped(self) -> Stop | None:
-        """What a rank that has stopped has told, if one has. Told once."""
+        """The note of a rank that has stopped, if one has. Told once."""
         topic = self._stop_topic
         if self._store is None or not self._store.check([f"{topic}/verdict"]):
             return None

@@ -19,7 +19,7 @@ __all__ = ["DensePart", "Part", "SparsePart"]
 
 
 class Part:
-    """What stays the same from step to step about the bucket that comes in one position."""
+    """The bucket that comes in one position, as far as it stays the same from step to step."""
 
     #: None if there is nothing to aggregate.
     bucket: Bucket | None

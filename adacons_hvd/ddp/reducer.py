@@ -36,27 +36,22 @@ library's own time limit, that ends them.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import __version__, agreement
-from ..aggregators import Aggregator
+from .. import agreement
 from ..collectives import host_name
 from ..collectives.distributed import TorchDistributed
-from ..costs import Network
-from ..engine.memory import State, rank_to_follow, warn_of_other_steps
-from ..engine.plan import group_parameters
+from ..engine.memory import State, share_memory
 from ..engine.replicas import ReplicaError, is_due, stray_step
-from ..engine.session import choose_schedule
-from ..engine.settings import BUCKET_BYTES
+from ..engine.session import Arrival, Parameter, agree, choose_schedule, describe, describe_average
+from ..engine.settings import Settings
 from ..ops.torch import arithmetic
 from ..report import Report
 from ..schedules import SCHEDULES, Step
@@ -65,19 +60,7 @@ from .notes import PATIENCE, Notes, Stop
 from .parts import DensePart, Part, SparsePart
 from .replicas import Replicas
 
-__all__ = ["Reducer", "Settings", "looked_after"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for; see ``attach``."""
-
-    aggregator: Aggregator | None
-    schedule: str | Network
-    granularity: str | Sequence[Sequence[torch.Tensor]]
-    grad_scaler: Any
-    check_replicas: int
-    may_differ: Sequence[torch.Tensor]
+__all__ = ["Reducer", "looked_after"]
 
 
 class Taken(NamedTuple):
@@ -104,10 +87,11 @@ class Reducer:
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self._notes = notes
         self._names = _trainable(model)
-        self._group_of, self._groups = group_parameters(settings.granularity, list(self._names))
+        self._group_of, self._groups = settings.group_parameters(list(map(id, self._names)))
         self._sparse = _sparse(model)
         self._collectives = TorchDistributed(model.process_group, _only_device(self._names))
-        compared = {p: name for p, name in looked_after(model).items() if p not in set(settings.may_differ)}
+        differing = settings.differing
+        compared = {p: name for p, name in looked_after(model).items() if id(p) not in differing}
         self._replicas = Replicas(self._collectives, notes.ranks, compared)
         self._parts: list[Part] = []
         self._taken: list[Taken] = []
@@ -115,7 +99,7 @@ class Reducer:
         self._steps = 0
         #: Whether to compare what ranks remember at the beginning of the next step.
         self._share = True
-        #: What to raise at the end of the step under way.
+        #: The error to raise at the end of the step under way.
         self._error: Exception | None = None
         #: Whether backward has added to a gradient since the last aggregation.
         self._stray = False
@@ -131,21 +115,15 @@ class Reducer:
     def agree(self) -> None:
         """Make sure that all ranks have the same settings, and choose a schedule together."""
         description = self._description()
-        mine = agreement.digest(description)
-        message = json.dumps([mine, host_name()]).encode()
-        answers = [json.loads(answer) for answer in self._collectives.allgather_bytes(message, "adacons.plan")]
-        if any(theirs != mine for theirs, _ in answers):
-            agreement.confirm(self._collectives, description, "adacons")
+        arrivals = agree(self._collectives, Arrival(agreement.digest(description), host_name()), description, "adacons")
         aggregator = self.settings.aggregator
         if aggregator is None:
             return
         self._choice = choose_schedule(
-            self.settings.schedule,
-            aggregator,
+            self.settings,
             self._collectives,
-            [host for _, host in answers],
+            [arrival.host for arrival in arrivals],
             sum(p.numel() * p.element_size() for p in self._names if p not in self._sparse),
-            BUCKET_BYTES,
             torch.empty((), device=self._collectives.device),
             "adacons",
         )
@@ -153,23 +131,13 @@ class Reducer:
         self._step = Step(self._collectives, aggregator, self._groups, "adacons")
 
     def _description(self) -> dict[str, Any]:
-        """What all ranks must have in common, in words that an error can show."""
-        settings = self.settings
-        aggregator, granularity = settings.aggregator, settings.granularity
-        return {
-            "adacons_hvd": __version__,
-            "aggregator": "None (DDP's own average)" if aggregator is None else repr(aggregator),
-            "schedule": str(settings.schedule),
-            "granularity": granularity if isinstance(granularity, str) else "explicit groups",
-            "grad_scaler": settings.grad_scaler is not None,
-            "check_replicas": settings.check_replicas,
-            "compared parameters": self._replicas.names,
-            "arithmetic": arithmetic(self._collectives.device),
-            "parameters": [
-                [name, str(p.dtype), str(tuple(p.shape)), f"group {self._group_of[p]}"]
-                for p, name in self._names.items()
-            ],
-        }
+        if self.settings.aggregator is None:
+            return describe_average("DDP's own average")
+        parameters = [
+            Parameter(id(p), name, str(p.dtype), p.shape, self._group_of[id(p)]) for p, name in self._names.items()
+        ]
+        kind = arithmetic(self._collectives.device)
+        return describe(self.settings, parameters, arithmetic=kind, compared=self._replicas.names)
 
     # --- during backward ------------------------------------------------------------------------
 
@@ -205,7 +173,7 @@ class Reducer:
                 return self._parts[position]
             del self._parts[position:]
         kind = SparsePart if gradient.is_sparse else DensePart
-        groups = [self._group_of[p] for p in parameters]
+        groups = [self._group_of[id(p)] for p in parameters]
         self._parts.append(kind(f"adacons.{position}", gradient, parameters, groups, self._schedule))
         return self._parts[position]
 
@@ -225,16 +193,8 @@ class Reducer:
         """Let all ranks remember the same, which is what the rank with the most steps does."""
         mine = json.dumps([self.state.digest(), self.state.steps]).encode()
         answers = [json.loads(answer) for answer in self._collectives.allgather_bytes(mine, "adacons.memories")]
-        leader = rank_to_follow(answers)
-        if leader is None:
-            return
-        warn_of_other_steps(answers, self._notes.ranks[leader])
-        state = io.BytesIO()
-        if leader == self._collectives.rank:
-            torch.save({k: v.cpu() if torch.is_tensor(v) else v for k, v in self.state.state_dict().items()}, state)
-        sent = self._collectives.allgather_bytes(state.getvalue(), "adacons.memory")
-        if leader != self._collectives.rank:
-            self.state.load_state_dict(torch.load(io.BytesIO(sent[leader]), weights_only=True))
+        reference = torch.empty((), device=self._collectives.device)
+        share_memory(self.state, answers, self._collectives, "adacons", reference=reference, ranks=self._notes.ranks)
 
     def _finish(self) -> None:
         taken, self._taken = self._taken, []
@@ -293,7 +253,8 @@ class Reducer:
         self._collectives.seconds_between_interrupts = PATIENCE
         owned = {p for optimizer in self._alive() for group in optimizer.param_groups for p in group["params"]}
         hook = _calling(weakref.WeakMethod(self._added))
-        self._watched = [p for p in self._names if p in owned and p not in set(self.settings.may_differ)]
+        differing = self.settings.differing
+        self._watched = [p for p in self._names if p in owned and id(p) not in differing]
         for parameter in self._watched:
             parameter.register_post_accumulate_grad_hook(hook)
 

@@ -1,16 +1,18 @@
-"""What an aggregator remembers on behalf of one optimizer: made to fit, repaired, saved and loaded."""
+"""An aggregator's memory on behalf of one optimizer: made to fit, repaired, saved and loaded."""
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..aggregators import Aggregator, Memory, pack_memory, unpack_memory
+from ..collectives import Collectives
 from ..ops import Tensor, ops_for
 
-__all__ = ["STATE_KEY", "State", "rank_to_follow", "warn_of_other_steps"]
+__all__ = ["STATE_KEY", "State", "rank_to_follow", "share_memory"]
 
 #: Where an optimizer's ``state_dict`` keeps the aggregator's state.
 STATE_KEY = "adacons"
@@ -78,10 +80,54 @@ def rank_to_follow(remembered: Sequence[tuple[int, int]]) -> int | None:
     return steps.index(max(steps))
 
 
-def warn_of_other_steps(remembered: Sequence[tuple[int, int]], leader: int) -> None:
-    """Warn that ranks remembered different steps, and that all go on from what rank ``leader`` remembers."""
-    warnings.warn(
-        f"the aggregator remembers other steps on some ranks than on others ({[steps for _, steps in remembered]} of "
-        f"them), so all go on from what rank {leader} remembers; load checkpoints on every rank",
-        stacklevel=3,
-    )
+def share_memory(
+    state: State,
+    remembered: Sequence[tuple[int, int]],
+    collectives: Collectives,
+    name: str,
+    *,
+    reference: Tensor,
+    ranks: Sequence[int],
+    expected: bool = False,
+) -> None:
+    """Let all ranks remember the same, and warn if that was not ``expected`` to differ.
+
+    Memories differ where a rank has missed steps since its ``hvd.join()``, or where a checkpoint was not loaded on all
+    ranks. All ranks call this together, with everyone's digest and number of steps.
+
+    Args:
+        state: what this rank's aggregator remembers.
+        remembered: see :func:`rank_to_follow`.
+        collectives: the workers.
+        name: a prefix for the names of collectives.
+        reference: some tensor on the device where memories are kept.
+        ranks: how the warning calls the workers.
+        expected: whether there is nothing to warn of.
+    """
+    leader = rank_to_follow(remembered)
+    if leader is None:
+        return
+    if not expected:
+        warnings.warn(
+            f"the aggregator remembers other steps on some ranks than on others ({[steps for _, steps in remembered]} "
+            f"of them), so all go on from what rank {ranks[leader]} remembers; load checkpoints on every rank",
+            stacklevel=3,
+        )
+    ops, leads = ops_for(reference), leader == collectives.rank
+    # Python writes a float so that reading it gives the same bits.
+    mine = {name: [ops.shape(value), list(_numbers(ops.to_list(value)))] for name, value in state.memory.items()}
+    sent = collectives.allgather_bytes(json.dumps([state.workers, mine]).encode() if leads else b"", f"{name}.memory")
+    if not leads:
+        state.workers, theirs = json.loads(sent[leader])
+        state.memory = {
+            name: ops.reshape(ops.like(values, reference), shape) for name, (shape, values) in theirs.items()
+        }
+
+
+def _numbers(values: Any) -> Iterator[float]:
+    """The numbers in lists of lists."""
+    if isinstance(values, list):
+        for value in values:
+            yield from _numbers(value)
+    else:
+        yield values

@@ -27,7 +27,7 @@ class Item:
     length: int
     #: The group of parameters whose weights it shares.
     group: int
-    #: What gradients in one bucket have in common: the element type, and the device if there are several.
+    #: Gradients of one bucket have this in common: the element type, and the device if there are several.
     kind: Hashable
     #: Bytes that one number takes in a bucket.
     width: int

@@ -1,4 +1,4 @@
-"""What ranks tell each other at the start of a step, and what follows from it.
+"""The messages that ranks exchange at the start of a step, and the decision that follows from them.
 
 Every rank sends one :class:`Message` and receives all of them, as rows of one small sum. :func:`decide` is the same
 pure function of the same messages on every rank, so all ranks do the same next, and none waits for another in vain.
@@ -61,7 +61,7 @@ class Message:
 
 
 class Verdict(enum.Enum):
-    """What all ranks do next."""
+    """The next thing that all ranks do."""
 
     #: Take the step with what has been sent.
     PROCEED = enum.auto()
@@ -80,7 +80,7 @@ class Verdict(enum.Enum):
 
 
 class Recall(enum.Enum):
-    """What has to be brought to an end before that, because one rank at least has begun to send it."""
+    """The buckets to bring to an end before that, because one rank at least has begun to send them."""
 
     NOTHING = enum.auto()
     #: The buckets of the present layout.
@@ -104,7 +104,7 @@ class Ruling:
 
 
 def decide(mine: Message, everyone: Sequence[Message | None]) -> Ruling:
-    """What follows from all ranks' messages, of which one is this rank's own.
+    """Decide what all ranks do next, by all ranks' messages, of which one is this rank's own.
 
     >>> decide(Message(), [Message(), Message(changed=True, begun=True)]).verdict.name
     'RESEND'

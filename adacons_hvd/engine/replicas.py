@@ -13,11 +13,24 @@ agree on which steps are compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 from ..agreement import DisagreementError, by_ranks
 
-__all__ = ["CHECK_REPLICAS", "ReplicaError", "StrayStepError", "compare_replicas", "is_due", "stray_step"]
+__all__ = [
+    "CHECK_REPLICAS",
+    "ReplicaError",
+    "StrayStepError",
+    "compare_replicas",
+    "is_due",
+    "raise_stray_step",
+    "stray_step",
+]
+
+#: How many seconds a rank that is about to raise a ``StrayStepError`` waits for the others to hear of it.
+STRAY_SECONDS = 60.0
 
 #: Every how many steps replicas are compared, unless the user says otherwise.
 CHECK_REPLICAS = 100
@@ -82,3 +95,26 @@ def stray_step(ranks: Sequence[int], how: str) -> StrayStepError:
         "Every step of these parameters must be a step() of the distributed optimizer."
     )
     return error
+
+
+def raise_stray_step(tell: Callable[[], NoReturn], rank: int, how: str) -> NoReturn:
+    """Raise the error of a stray step on all ranks: ``tell`` tells the others and raises it.
+
+    If the others take no more steps, this rank waits for :data:`STRAY_SECONDS` and then raises the error alone.
+    """
+    errors: list[Exception] = []
+
+    def try_to_tell() -> None:
+        try:
+            tell()
+        except Exception as error:
+            errors.append(error)
+
+    # In a thread of its own, because Horovod has no limit on how long it waits.
+    thread = threading.Thread(target=try_to_tell, daemon=True)
+    thread.start()
+    thread.join(STRAY_SECONDS)
+    # Another error, one of Horovod's own, means that it is shutting down, so the others have ended.
+    if errors and isinstance(errors[0], DisagreementError):
+        raise errors[0]
+    raise stray_step([rank], how)

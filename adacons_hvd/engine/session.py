@@ -1,26 +1,47 @@
-"""What ranks agree on once, before their first step together: how parameters are called, and which schedule to take."""
+"""Ranks agree once, before their first step together: on their settings and parameters, on names, on a schedule.
+
+A rank describes what it was given (:func:`describe`) and tells the others of it (:class:`Arrival`); where descriptions
+differ, all raise the same error (:func:`agree`). Then all choose the same schedule (:func:`choose_schedule`).
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
-from ..aggregators import Aggregator
+from .. import __version__, agreement
 from ..calibration import measured_rates
 from ..collectives import Collectives
 from ..costs import Choice, Network, Rates, choose
 from ..ops import Tensor
 from ..schedules import SCHEDULES
+from .settings import Settings
 
-__all__ = ["ONLY_SUMS", "canonical_names", "choose_schedule"]
+__all__ = [
+    "ONLY_SUMS",
+    "Arrival",
+    "Numbering",
+    "Parameter",
+    "agree",
+    "canonical_names",
+    "choose_schedule",
+    "describe",
+    "describe_average",
+]
 
 #: From how many bytes of gradient on one host is measured before a schedule is chosen. For less the
 #: default figures are good enough; but not between hosts, whose networks differ a thousandfold.
 MEASURED_FROM = 256 << 10
 
-#: What is left once a rank has called ``hvd.join()``.
+#: The choice that is left once a rank has called ``hvd.join()``.
 ONLY_SUMS = Choice("two-pass", "a rank has joined: only sums are left")
+
+#: The choice where there is no aggregator to choose for.
+NO_AGGREGATOR = Choice("allreduce", "no aggregator")
 
 
 def canonical_names(names: Sequence[str]) -> list[str]:
@@ -45,13 +66,114 @@ def canonical_names(names: Sequence[str]) -> list[str]:
     return ["/".join([*map(renumber, name.split("/")[-2:-1]), name.split("/")[-1]]) for name in names]
 
 
+class Numbering:
+    """Numbers optimizers in the order of their first step, on each process set.
+
+    The number is part of the names of an optimizer's collectives, and a name must be the same on every rank. An elastic
+    job begins to number afresh whenever workers come or go; then optimizers that have been in use and those of a worker
+    that has just started are numbered together.
+
+    >>> numbering = Numbering()
+    >>> [numbering.take(0), numbering.take(0), numbering.take(7)]
+    [0, 1, 0]
+    """
+
+    def __init__(self) -> None:
+        #: Changes when numbers, and all that ranks have agreed on, are void. Differs between ranks.
+        self.generation = 0
+        self._taken: Counter[int] = Counter()
+
+    def restart(self) -> None:
+        """Number afresh."""
+        self.generation += 1
+        self._taken.clear()
+
+    def take(self, process_set_id: int) -> int:
+        """The number of the optimizer whose first step on this process set it is."""
+        number = self._taken[process_set_id]
+        self._taken[process_set_id] += 1
+        return number
+
+
+# --- agreeing -----------------------------------------------------------------------------------
+
+
+class Parameter(NamedTuple):
+    """A parameter, as far as ranks have to agree on it."""
+
+    key: Hashable
+    name: str
+    dtype: str
+    shape: Sequence[int]
+    group: int
+
+
+def describe(settings: Settings, parameters: Sequence[Parameter], **more: Any) -> dict[str, Any]:
+    """Everything that ranks must have in common, in words that an error can show."""
+    names = {parameter.key: parameter.name for parameter in parameters}
+    together = settings.shared_buckets([parameter.key for parameter in parameters])
+    groups = None if together is None else [[names.get(key, "not trained") for key in group] for group in together]
+    compression, granularity, differing = settings.compression, settings.granularity, settings.differing
+    return {
+        "adacons_hvd": __version__,
+        "aggregator": repr(settings.aggregator),
+        "schedule": str(settings.schedule),
+        "granularity": granularity if isinstance(granularity, str) else "explicit groups",
+        # A class, as Horovod's are, or an object whose text would differ between ranks.
+        "compression": getattr(compression, "__name__", type(compression).__name__),
+        "gradient_predivide_factor": settings.gradient_predivide_factor,
+        "groups": groups,
+        "sparse_as_dense": settings.sparse_as_dense,
+        "bucket_bytes": settings.bucket_bytes,
+        "overlap": settings.overlap,
+        "grad_scaler": settings.grad_scaler is not None,
+        "check_replicas": settings.check_replicas,
+        "may_differ": [parameter.name for parameter in parameters if parameter.key in differing],
+        **more,
+        "parameters": [[p.name, p.dtype, str(tuple(p.shape)), f"group {p.group}"] for p in parameters],
+    }
+
+
+def describe_average(how: str) -> dict[str, Any]:
+    """The description of a rank that leaves gradients to the library underneath, in which nothing else counts."""
+    return {"adacons_hvd": __version__, "aggregator": f"None ({how})"}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One rank's message to the others when all lay out their parameters."""
+
+    #: Stands for its settings and parameters.
+    digest: int
+    #: Its host.
+    host: str
+    #: The places of parameters whose gradients are sparse.
+    sparse: Sequence[int] = ()
+    #: The places of parameters that have a gradient.
+    active: Sequence[int] = ()
+    #: Its aggregator's memory: a digest, and how many steps.
+    memory: tuple[int, int] = (0, 0)
+    #: It has taken steps without ranks that had joined.
+    was_without_some: bool = False
+
+
+def agree(collectives: Collectives, mine: Arrival, description: Mapping[str, Any], name: str) -> list[Arrival]:
+    """Everyone's arrival by rank; the same error on all ranks if descriptions differ."""
+    sent = json.dumps(asdict(mine)).encode()
+    arrivals = [Arrival(**json.loads(data)) for data in collectives.allgather_bytes(sent, f"{name}.plan")]
+    if any(arrival.digest != mine.digest for arrival in arrivals):
+        agreement.confirm(collectives, description, name)
+    return arrivals
+
+
+# --- choosing -----------------------------------------------------------------------------------
+
+
 def choose_schedule(
-    wanted: str | Network,
-    aggregator: Aggregator,
+    settings: Settings,
     collectives: Collectives,
     hosts: Sequence[str],
     size: float,
-    bucket_bytes: float,
     reference: Tensor,
     name: str,
 ) -> Choice:
@@ -60,6 +182,9 @@ def choose_schedule(
     All workers call this together, with every worker's host; ``name`` is a prefix for the names of
     collectives.
     """
+    wanted, aggregator = settings.schedule, settings.aggregator
+    if aggregator is None:
+        return NO_AGGREGATOR
     if isinstance(wanted, str) and wanted in SCHEDULES:
         return Choice(wanted, "asked for")
     workers, per_host = collectives.size, max(Counter(hosts).values())
@@ -70,4 +195,4 @@ def choose_schedule(
         rates = Rates.of(Network(), workers, per_host)
     else:
         rates = measured_rates(collectives, hosts, size, reference, f"{name}.calibration")
-    return choose(rates, size, bucket_bytes, gramian=aggregator.needs_gramian, approximate=approximate)
+    return choose(rates, size, settings.bucket_bytes, gramian=aggregator.needs_gramian, approximate=approximate)

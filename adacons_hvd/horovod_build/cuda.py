@@ -118,7 +118,7 @@ def find_nccl() -> Nccl | None:
 
 
 def versions(frameworks: tuple[str, ...], nccl: bool) -> dict[str, str]:
-    """What a build takes from here, for the key of its wheel."""
+    """The parts of this that a build uses, for the key of its wheel."""
     toolkit = find_toolkit(common_version(frameworks))
     found = {"cuda": _line_with("release", toolkit.home / "bin" / "nvcc") if toolkit else "none"}
     if nccl:

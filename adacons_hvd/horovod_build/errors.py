@@ -1,4 +1,4 @@
-"""What the build tells its user when it cannot go on."""
+"""The messages by which the build tells its user why it cannot go on."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def prove(recipe: Recipe, site: Path | None = None) -> None:
 
 
 def check_build(environment: dict[str, str]) -> str:
-    """What Horovod says of itself. It imports every framework several times over to answer: a quarter of a minute."""
+    """Horovod's report on itself. It imports every framework several times over for it: a quarter of a minute."""
     command = [sys.executable, "-m", "horovod.runner.launch", "--check-build"]
     return run(command, environment, _TIME_LIMIT).output
 
@@ -93,7 +93,7 @@ def compare_nccl(loaded: set[str], linked: str | None) -> None:
 
 
 def rank_environment(site: Path | None = None) -> dict[str, str]:
-    """What two ranks on this machine need to be told, whatever Horovod setting the caller has."""
+    """The environment for two ranks on this machine, whatever Horovod setting the caller has."""
     # Another controller, for example, or an elastic job's address, must not decide the outcome.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
     if site is not None:

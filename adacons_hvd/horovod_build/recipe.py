@@ -1,4 +1,4 @@
-"""What is built: the release, the frameworks and controllers, and the key that names the result.
+"""The recipe of a build: the release, the frameworks and controllers, and the key that names the result.
 
 Two builds share a key exactly when their wheels are interchangeable, so everything that reaches the compiler or the
 linker is among the facts below, and nothing else is.

@@ -14,8 +14,12 @@ if _keras_backend() == "torch":
     from .on_torch import *  # noqa: F403
 else:
     from horovod.keras import *  # noqa: F403
+    from horovod.tensorflow.mpi_ops import ProcessSet as ProcessSet
+    from horovod.tensorflow.mpi_ops import add_process_set as add_process_set
+    from horovod.tensorflow.mpi_ops import global_process_set as global_process_set
+    from horovod.tensorflow.mpi_ops import remove_process_set as remove_process_set
 
-    from .on_tensorflow import *  # noqa: F403
+    from .tensorflow_backend import broadcast_global_variables as broadcast_global_variables
 
 from ..aggregators import AdaCons as AdaCons
 from .public import DistributedOptimizer as DistributedOptimizer

@@ -11,17 +11,24 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..engine.elastic import Library
+from ..engine.settings import Parameters, Settings
+from ..report import Report
 
 __all__ = ["Backend", "Exchange", "backend_of", "keras_backend", "require_tensorflow", "uses_keras_2"]
 
 
 class Exchange(Protocol):
-    """What turns one optimizer's gradients into those of all workers."""
+    """Turns one optimizer's gradients into those of all workers."""
 
-    report: Any
+    @property
+    def report(self) -> Report | None:
+        """The report on the last step, or None."""
+        ...
 
     def reduce(self, gradients: Sequence[Any], variables: Sequence[Any], unscale: Any = 1.0) -> list[Any]: ...
 
@@ -30,7 +37,12 @@ class Exchange(Protocol):
         ...
 
     def accumulate(
-        self, gradients: Sequence[Any], variables: Sequence[Any], passes: int, apply: Any, skip: Any
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[Any],
+        passes: int,
+        apply: Callable[[list[Any]], Any],
+        skip: Callable[[], Any],
     ) -> None:
         """Add gradients up; call ``apply`` with their sums every ``passes`` times, else ``skip``."""
         ...
@@ -46,12 +58,21 @@ class Exchange(Protocol):
     def reset(self) -> None: ...
 
 
-class Backend(Protocol):
+class Backend(Library, Protocol):
     """A module: ``tensorflow_backend`` or ``torch_backend``."""
 
-    hvd: Any
+    #: ``"tensorflow"`` or ``"torch"``.
+    NAME: str
+    #: How variables are told from other things, and from each other.
+    VARIABLES: Parameters
+    #: The base of an aggregator's memory, as something that the framework's checkpoints save.
+    StateBase: type
 
-    def make_exchange(self, settings: Any) -> Exchange: ...
+    def checked_settings(self, **given: Any) -> Settings:
+        """The settings, or an error that names the argument and the value."""
+        ...
+
+    def make_exchange(self, settings: Settings) -> Exchange: ...
 
     def untraced(self, function: Any) -> Any:
         """The function, which the framework's compiler leaves as it is."""
@@ -63,6 +84,22 @@ class Backend(Protocol):
 
     def is_aggregated_elsewhere(self, variables: Sequence[Any]) -> bool:
         """Whether something that is no optimizer of Keras aggregates the gradients of these variables."""
+        ...
+
+    def key_of(self, variable: Any) -> Hashable:
+        """The key of a variable, which identifies it."""
+        ...
+
+    def native(self, variable: Any) -> Any:
+        """The object that lives as long as the variable does."""
+        ...
+
+    def local_gradient(self, gradient: Any, process_set: Any, scale: bool) -> Any:
+        """A local variable's gradient, made as long as its share of an average would be if ``scale`` says so."""
+        ...
+
+    def average(self, values: Sequence[float]) -> list[float]:
+        """The mean over all workers."""
         ...
 
 
@@ -95,7 +132,7 @@ def require_tensorflow() -> None:
 
 
 def _configured_backend() -> str:
-    """What Keras computes with, or would; it looks at the same places in the same order."""
+    """The backend that Keras uses or would use; it is looked for in the same places in the same order."""
     if "keras" in sys.modules:
         name: str = sys.modules["keras"].config.backend()
         return name
@@ -109,6 +146,15 @@ def _configured_backend() -> str:
         return "tensorflow"
 
 
-def backend_of(name: str) -> Any:
+def backend_of(name: str) -> Backend:
     """The module for a backend's name."""
-    return importlib.import_module(f"{__package__}.{name}_backend")
+    module: Any = importlib.import_module(f"{__package__}.{name}_backend")
+    backend: Backend = module
+    return backend
+
+
+if TYPE_CHECKING:
+    from . import tensorflow_backend, torch_backend
+
+    _first: Backend = tensorflow_backend
+    _second: Backend = torch_backend

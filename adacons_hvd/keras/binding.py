@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..aggregators import Aggregator
-from ..engine.settings import check_count, parameter_lists
-from .backends import backend_of
-from .guard import claim, forget_saved
+from ..engine.replicas import stray_step
+from ..engine.settings import Settings, check_count, groups_or_number, parameter_lists
+from .backends import Backend, backend_of
 
 __all__ = [
     "Binding",
@@ -19,8 +21,10 @@ __all__ = [
     "StateHolder",
     "become",
     "binding_of",
+    "check_step",
     "distributed_part",
     "make_binding",
+    "mark_saved",
 ]
 
 
@@ -29,8 +33,8 @@ class Binding:
 
     def __init__(
         self,
-        backend: Any,
-        settings: Any,
+        backend: Backend,
+        settings: Settings,
         passes: int,
         average_passes: bool,
         scale_local: bool,
@@ -86,7 +90,7 @@ class Binding:
     def reduce(self, gradients: Sequence[Any], variables: Sequence[Any], unscale: Any = 1.0) -> list[Any]:
         """Everyone's gradients, except for local variables."""
         gradients = list(gradients)
-        claim(self, variables)
+        _claim(self, variables)
         shared = [i for i, v in enumerate(variables) if not self._is_local(v)]
         for i in set(range(len(gradients))) - set(shared):
             gradients[i] = self.backend.local_gradient(gradients[i], self.settings.process_set, self.scale_local)
@@ -117,7 +121,8 @@ class Binding:
         def finish(sums: list[Any]) -> list[Any]:
             return self.reduce(self._of_passes(sums), variables)
 
-        found: list[Any] = self.exchange.accumulated(gradients, variables, self.passes, finish)
+        exchange: Any = self.exchange  # of TensorFlow, since this is for Keras 2
+        found: list[Any] = exchange.accumulated(gradients, variables, self.passes, finish)
         return found
 
     def _of_passes(self, sums: list[Any]) -> list[Any]:
@@ -144,14 +149,13 @@ class Binding:
         process_set = settings.pop("process_set")
         if process_set.process_set_id != 0:
             settings["process_set"] = process_set
-        backend = self.backend.__name__.rpartition(".")[2].removesuffix("_backend")
-        return _binding_unpickled, (backend, settings, self.passes, self.average_passes, self.scale_local)
+        return _binding_unpickled, (self.backend.NAME, settings, self.passes, self.average_passes, self.scale_local)
 
 
 def _binding_unpickled(backend: str, settings: dict[str, Any], *arguments: Any) -> Binding:
     module = backend_of(backend)
     settings.setdefault("process_set", module.hvd.global_process_set)
-    return Binding(module, module.Settings(**settings), *arguments)
+    return Binding(module, Settings(**settings), *arguments)
 
 
 def make_binding(
@@ -168,8 +172,8 @@ def make_binding(
     """A binding from the arguments of ``DistributedOptimizer``."""
     module = backend_of(backend)
     check_count("backward_passes_per_step", backward_passes_per_step)
-    groups = module.checked_groups(groups, num_groups)
-    (different,) = parameter_lists("may_differ", [may_differ], module.is_variable, module.key_of)
+    groups = groups_or_number(groups, num_groups)
+    (different,) = parameter_lists("may_differ", [may_differ], module.VARIABLES)
     return Binding(
         module,
         module.checked_settings(groups=groups, may_differ=different, **settings),
@@ -258,7 +262,7 @@ def become(optimizer: Any, mixin: type, binding: Binding, wrap: Callable[[Any, B
         plain = base.from_config(config) if custom_objects is None else base.from_config(config, custom_objects)
         return _wrapped_once(plain, binding.again(), wrap)
 
-    forget_saved(optimizer)
+    _forget_saved(optimizer)
     cls = type(
         base.__name__,
         (mixin, base),
@@ -308,3 +312,86 @@ class StateHolder:
         state: Mapping[str, Any] = {name: store[name][()] for name in list(store.keys())}
         if "version" in state:
             self._exchange.load_state_dict(state)
+
+
+# --- steps along gradients that were never aggregated ---------------------------------------------
+#
+# Every step of an optimizer of Keras comes past check_step(), whichever way it was reached. A step is fine if a
+# distributed optimizer is taking it, with what it has just aggregated. It is an error, on all ranks, if it goes around
+# the distributed optimizer it is of, or if a plain optimizer takes it for variables that a distributed one trains.
+#
+# Of other variables a plain optimizer may take steps, since a rank may well train a model of its own. But it is warned
+# of once, because it may as well have been forgotten.
+
+#: The mark of a plain optimizer that was saved as a distributed one, among its attributes.
+_SAVED = "_adacons_saved"
+#: The mark of a plain optimizer that was warned of.
+_WARNED = "_adacons_warned"
+
+# Which distributed optimizer trains a variable; None if variables of this kind are each rank's own.
+_owners: dict[Hashable, weakref.ref[Binding] | None] = {}
+
+
+def _claim(binding: Binding, variables: Sequence[Any]) -> None:
+    """Note that a distributed optimizer trains these variables, and which of them are each rank's own all the same."""
+    key_of, reference = binding.backend.key_of, weakref.ref(binding)
+    own = binding.local | binding.different
+    for variable in variables:
+        key = key_of(variable)
+        if key not in _owners:
+            weakref.finalize(binding.backend.native(variable), _owners.pop, key, None)
+        _owners[key] = None if key in own else reference
+
+
+def check_step(backend: Backend, optimizer: Any, binding: Binding | None, variables: Sequence[Any]) -> None:
+    """Raise an error if this step's gradients were never aggregated, and had to be.
+
+    ``binding`` is that of the optimizer, if it is a distributed one.
+    """
+    hvd = backend.hvd
+    if not hvd.is_initialized() or hvd.size() == 1:
+        return
+    if binding is not None:
+        if not binding.stepping and not binding.trains_alone:
+            binding.stray(
+                f"something called the step of {type(optimizer).__name__} instead of the distributed optimizer's own",
+                variables,
+            )
+        return
+    found = [_owners[key] for key in map(backend.key_of, variables) if key in _owners]
+    owners = [owner() for owner in found if owner is not None]
+    if any(owner is not None and (owner.stepping or owner.trains_alone) for owner in owners):
+        return
+    if backend.is_aggregated_elsewhere(variables):
+        return
+    name = type(optimizer).__name__
+    if owners:
+        how = f"{name}, an optimizer that is not distributed, was used for variables of the distributed one"
+        for owner in owners:
+            if owner is not None:
+                owner.stray(how, variables)
+        raise stray_step([hvd.rank()], how)
+    if _SAVED in vars(optimizer):
+        raise stray_step(
+            [hvd.rank()],
+            f"{name} was a distributed optimizer when its model was saved, and is none since Keras has loaded it. "
+            "Load the model with load_model of adacons_hvd, or pass its optimizer to DistributedOptimizer; where this "
+            "rank is meant to train alone, compile the model with a new optimizer",
+        )
+    if not found and _WARNED not in vars(optimizer):
+        vars(optimizer)[_WARNED] = True
+        warnings.warn(
+            f"{name} is not distributed, so its steps use gradients of rank {hvd.rank()} alone. If this model is meant "
+            "to be trained by all ranks together, pass the optimizer to DistributedOptimizer",
+            stacklevel=2,
+        )
+
+
+def mark_saved(optimizer: Any) -> None:
+    """Note that this plain optimizer was a distributed one when it was saved."""
+    vars(optimizer)[_SAVED] = True
+
+
+def _forget_saved(optimizer: Any) -> None:
+    """This optimizer is about to be distributed again."""
+    vars(optimizer).pop(_SAVED, None)

@@ -21,13 +21,13 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from . import tensorflow_backend as _backend
-from .binding import Binding, Distributed, DistributedWithin, StateHolder, become, distributed_part
-from .guard import check_step
-from .models import keep_distributed, keep_distributed_within, watch_steps
-from .saving import save_state_in_h5
+from .backends import backend_of
+from .binding import Binding, Distributed, DistributedWithin, StateHolder, become, check_step, distributed_part
+from .models import keep_distributed, keep_distributed_within, save_state_in_h5, watch_steps
 
 __all__ = ["wrap_legacy"]
+
+_backend = backend_of("tensorflow")
 
 Pairs = list[tuple[Any, Any]]
 
@@ -294,7 +294,7 @@ def wrap_legacy(optimizer: Any, binding: Binding) -> Any:
     older = isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer)
     become(optimizer, _DistributedOlder if older else _Distributed, binding, wrap_legacy)
     optimizer.__dict__.update(_adacons=binding, _adacons_aggregated=_Aggregated(), _adacons_computes_alone=False)
-    state = _state_class(binding.backend)(binding.exchange)
+    state = _state_class()(binding.exchange)
     optimizer.adacons_state = state
     if older:
         # These do not track what is assigned to them.
@@ -303,7 +303,7 @@ def wrap_legacy(optimizer: Any, binding: Binding) -> Any:
 
 
 @functools.cache
-def _state_class(backend: Any) -> type:
+def _state_class() -> type:
     """The class of the aggregator's memory, as an attribute that Keras 2 and TensorFlow save.
 
     Keras 2 looks for such attributes among layers, metrics, optimizers and losses only; a loss is
@@ -313,7 +313,7 @@ def _state_class(backend: Any) -> type:
     def call(self: Any, y_true: Any, y_pred: Any) -> Any:
         raise NotImplementedError("this is no loss; it keeps an aggregator's state")
 
-    return type("AggregatorState", (StateHolder, backend.StateBase, tf_keras.losses.Loss), {"call": call})
+    return type("AggregatorState", (StateHolder, _backend.StateBase, tf_keras.losses.Loss), {"call": call})
 
 
 # --- what Keras does with optimizers, distributed or not --------------------------------------------

@@ -29,10 +29,17 @@ from typing import Any
 import keras
 
 from .backends import backend_of, keras_backend
-from .binding import Binding, Distributed, DistributedWithin, StateHolder, become, binding_of, distributed_part
-from .guard import check_step
-from .models import keep_distributed, keep_distributed_within, watch_steps
-from .saving import save_state_in_h5
+from .binding import (
+    Binding,
+    Distributed,
+    DistributedWithin,
+    StateHolder,
+    become,
+    binding_of,
+    check_step,
+    distributed_part,
+)
+from .models import keep_distributed, keep_distributed_within, save_state_in_h5, watch_steps
 
 __all__ = ["wrap"]
 
@@ -114,18 +121,18 @@ def wrap(optimizer: Any, binding: Binding) -> Any:
     become(optimizer, _Distributed, binding, wrap)
     optimizer.__dict__["_adacons"] = binding
     # Assigned as users assign attributes, so that TensorFlow's checkpoints find it, too.
-    optimizer.adacons_state = _state_class(binding.backend)(binding.exchange)
+    optimizer.adacons_state = _state_class()(binding.exchange)
     return optimizer
 
 
 @functools.cache
-def _state_class(backend: Any) -> type:
+def _state_class() -> type:
     """The class of the aggregator's memory, as something that Keras and the backend save."""
 
     def _obj_type(self: Any) -> str:
         return "Optimizer"
 
-    return type("AggregatorState", (StateHolder, _Saveable, backend.StateBase), {"_obj_type": _obj_type})
+    return type("AggregatorState", (StateHolder, _Saveable, _backend.StateBase), {"_obj_type": _obj_type})
 
 
 # --- what Keras does with optimizers, distributed or not --------------------------------------------

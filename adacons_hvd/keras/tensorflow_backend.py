@@ -1,54 +1,42 @@
-"""The parts of the Keras binding that need TensorFlow, for Keras 3 and for ``tf_keras``."""
+"""The parts of the Keras binding that need TensorFlow, for Keras 3 and for ``tf_keras``.
+
+This cannot be imported where ``tf.keras`` does not compute with TensorFlow; the error
+says what to do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from ..collectives.horovod_tensorflow import make_graph, make_variable
-from ..tensorflow import errors, tape
-from ..tensorflow.arguments import checked_groups, checked_settings
-from ..tensorflow.checkpoints import StateBase, state_in_checkpoint
-from ..tensorflow.reducer import Reducer, start_over
-from ..tensorflow.settings import Settings, is_variable, key_of, native
-from ..tensorflow.tape import TapeState, local_gradient
+from ..collectives.horovod_tensorflow import make_variable
+from ..engine.settings import Settings
+from ..tensorflow import checkpoints, errors, tape
+from ..tensorflow.checkpoints import state_in_checkpoint as state_in_checkpoint
+from ..tensorflow.reducer import Reducer
+from ..tensorflow.sharing import COLLECTIVE_ERRORS as COLLECTIVE_ERRORS
+from ..tensorflow.sharing import OTHER_MEMORIES as OTHER_MEMORIES
+from ..tensorflow.sharing import assign as assign
+from ..tensorflow.sharing import average as average
+from ..tensorflow.sharing import broadcast_object as broadcast_object
+from ..tensorflow.sharing import broadcast_variables as broadcast_variables
+from ..tensorflow.sharing import copy_of as copy_of
+from ..tensorflow.sharing import hvd as hvd
+from ..tensorflow.sharing import start_over as start_over
+from ..tensorflow.tape import local_gradient as local_gradient
+from ..tensorflow.variables import VARIABLES, key_of, native
+from .backends import require_tensorflow
 
-__all__ = [
-    "Settings",
-    "StateBase",
-    "checked_groups",
-    "checked_settings",
-    "decoded",
-    "hvd",
-    "is_aggregated_elsewhere",
-    "is_variable",
-    "key_of",
-    "local_gradient",
-    "make_exchange",
-    "native",
-    "start_over",
-    "state_in_checkpoint",
-    "untraced",
-]
+require_tensorflow()
+
+StateBase: type = checkpoints.StateBase
+
+NAME = "tensorflow"
 
 #: Has AutoGraph leave a function as it is. (XLA cannot compile it, and says so.)
 untraced = tf.autograph.experimental.do_not_convert
-
-#: What TensorFlow raises when a collective fails. Not what it raises for wrong arguments: those do
-#: not become right by doing the same once more.
-COLLECTIVE_ERRORS = (
-    tf.errors.UnknownError,
-    tf.errors.FailedPreconditionError,
-    tf.errors.AbortedError,
-    tf.errors.CancelledError,
-    tf.errors.InternalError,
-)
-
-#: What remembers something beside an optimizer.
-OTHER_MEMORIES = (TapeState(),)
 
 
 class _Exchange(Reducer):
@@ -63,10 +51,9 @@ class _Exchange(Reducer):
         """Whether a condition holds on every worker."""
         if not self.settings.process_set.included():
             return condition
-        self.prepare(loss_scaling=True)
-        assert self._collectives is not None
+        session, self._loss_scaling = self.session(), True
         against = tf.cast(~tf.convert_to_tensor(condition), tf.int32)[None]
-        against = self._collectives.allreduce(against, f"{self.name}.everywhere").wait()
+        against = session.collectives.allreduce(against, f"{session.name}.everywhere").wait()
         return tf.ensure_shape(against, (1,))[0] == 0
 
     @property
@@ -171,6 +158,11 @@ def make_exchange(settings: Settings) -> _Exchange:
     return _Exchange(settings)
 
 
+def checked_settings(**given: Any) -> Settings:
+    """The settings, or an error that names the argument and the value."""
+    return Settings.checked(VARIABLES, hvd, **given)
+
+
 def decoded(error: Exception) -> Exception | None:
     """The error that a graph has found, which TensorFlow can only tell as one of its own."""
     return errors.decoded(error) if isinstance(error, tf.errors.OpError) else None
@@ -182,37 +174,9 @@ def is_aggregated_elsewhere(variables: Sequence[Any]) -> bool:
     return any(key in keys for *_, sources in known for key, _ in sources)
 
 
-def broadcast_variables(variables: Sequence[Any], root_rank: int, process_set: Any = hvd.global_process_set) -> None:
-    """Give every worker the values of ``root_rank``.
-
-    Horovod's own goes by names, which Keras may have numbered otherwise on another rank.
-    """
-    natives = [native(variable) for variable in variables]
-
-    def exchange() -> None:
-        for i, variable in enumerate(natives):
-            name = f"adacons.broadcast.{i}"
-            variable.assign(
-                hvd.broadcast(variable, root_rank, name=name, ignore_name_scope=True, process_set=process_set)
-            )
-
-    make_graph(exchange)()
-
-
-def average(values: Sequence[float]) -> list[float]:
-    """The mean over all workers."""
-    mean = hvd.allreduce(tf.constant(list(values), tf.float64), op=hvd.Average, name="adacons.metrics")
-    result: list[float] = mean.numpy().tolist()
-    return result
-
-
-def broadcast_object(value: Any, root_rank: int, name: str) -> Any:
-    return hvd.broadcast_object(value, root_rank, name=name)
-
-
-def copy_of(variable: Any) -> Any:
-    return tf.identity(native(variable))
-
-
-def assign(variable: Any, value: Any) -> None:
-    native(variable).assign(value)
+def broadcast_global_variables(root_rank: int) -> None:
+    """TensorFlow 2 has no global variables, so this is an error that says what to use."""
+    raise RuntimeError(
+        "broadcast_global_variables() is for TensorFlow 1. Use BroadcastGlobalVariablesCallback, or "
+        "hvd.broadcast_variables() of adacons_hvd.tensorflow."
+    )

@@ -2,73 +2,41 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import horovod.torch as hvd
 import keras
 import torch
-from horovod.torch.mpi_ops import ProcessSet
+from horovod.torch import ProcessSet
 
 from ..aggregators import Mean
-from ..agreement import DisagreementError
 from ..engine.memory import State
-from ..engine.replicas import stray_step
+from ..engine.replicas import raise_stray_step
 from ..engine.session import canonical_names
-from ..engine.settings import (
-    check_aggregator,
-    check_compression,
-    check_count,
-    check_granularity,
-    check_groups,
-    check_members,
-    check_predivide,
-    check_process_set,
-    check_replicas_interval,
-)
-from ..torch.numbering import restart as start_over
-from ..torch.numbering import take_number
-from ..torch.reducer import Reducer, Settings
+from ..engine.settings import Parameters, Settings, check_members
+from ..torch.numbering import numbering
+from ..torch.reducer import Reducer
 
-__all__ = [
-    "Settings",
-    "StateBase",
-    "checked_groups",
-    "checked_settings",
-    "decoded",
-    "hvd",
-    "is_aggregated_elsewhere",
-    "is_variable",
-    "key_of",
-    "local_gradient",
-    "make_exchange",
-    "native",
-    "start_over",
-    "untraced",
-]
+NAME = "torch"
 
 #: Has ``torch.compile`` leave a function as it is: inside a compiled step, what ranks do is not what was written.
 untraced = torch.compiler.disable
 
 
 #: PyTorch has no checkpoints that find attributes by themselves.
-StateBase = object
+StateBase: type = object
 
 #: None that Horovod does not raise as its own.
 COLLECTIVE_ERRORS: tuple[type[Exception], ...] = ()
 
-#: What remembers something beside an optimizer.
-OTHER_MEMORIES: tuple[Any, ...] = ()
-
-
-#: How many seconds a rank that is about to raise a ``StrayStepError`` waits for the others to hear of it.
-STRAY_SECONDS = 60.0
+#: Nothing remembers something beside an optimizer.
+OTHER_MEMORIES: Sequence[Any] = ()
 
 
 class _Parameters:
-    """What a reducer asks an optimizer for."""
+    """The parameters, in the form in which a reducer asks an optimizer for them."""
 
     def __init__(self) -> None:
         self.param_groups: list[dict[str, list[torch.Tensor]]] = [{"params": []}]
@@ -113,7 +81,8 @@ class _Exchange:
         if self._reducer is None:
             if not isinstance(self.settings.granularity, str):
                 # Later some may be frozen. What is frozen now may be trained later.
-                trained = [[p for p in group if p.requires_grad] for group in self.settings.granularity]
+                named = [each for group in self.settings.granularity for each in group]
+                trained = [each for each in named if each.parameter is not None and each.parameter.value.requires_grad]
                 check_members("granularity", trained, set(map(id, parameters)))
             names = dict(zip(parameters, canonical_names([v.path for v in variables]), strict=True))
             self._reducer = Reducer(self._parameters, names, 1, self.settings)  # type: ignore[arg-type]
@@ -122,33 +91,16 @@ class _Exchange:
         return self._reducer
 
     def stray(self, how: str, variables: Sequence[Any]) -> None:
-        """Tell the other ranks of a step along gradients that were never aggregated, and raise the error on all.
-
-        If the others take no more steps, this rank waits for :data:`STRAY_SECONDS` and then raises the error alone.
-        """
-        reducer, errors = self._reducer_for(variables), list[Exception]()
-
-        def tell() -> None:
-            try:
-                reducer.stray(how)
-            except Exception as error:
-                errors.append(error)
-
-        # In a thread of its own, because Horovod has no limit on how long it waits.
-        thread = threading.Thread(target=tell, daemon=True)
-        thread.start()
-        thread.join(STRAY_SECONDS)
-        # Horovod's own error means that it is shutting down, so the others have ended.
-        if errors and isinstance(errors[0], DisagreementError):
-            raise errors[0]
-        raise stray_step([self.settings.process_set.rank()], how)
+        """Tell the other ranks of a step along gradients that were never aggregated, and raise the error on all."""
+        reducer = self._reducer_for(variables)
+        raise_stray_step(lambda: reducer.stray(how), self.settings.process_set.rank(), how)
 
     def everywhere(self, condition: Any) -> Any:
         """Whether a condition holds on every worker."""
         if not self.settings.process_set.included():
             return condition
         if self._number is None:
-            self._number = take_number(self.settings.process_set)
+            self._number = numbering.take(self.settings.process_set.process_set_id)
         against = torch.as_tensor(condition).logical_not().to(torch.int32).reshape(1)
         total = hvd.allreduce(
             against, op=hvd.Sum, name=f"adacons.{self._number}.everywhere", process_set=self.settings.process_set
@@ -209,36 +161,17 @@ def make_exchange(settings: Settings) -> _Exchange:
 
 def checked_settings(**given: Any) -> Settings:
     """The settings, or an error that names the argument and the value."""
-    for device in ("device_dense", "device_sparse"):
-        given.pop(device)
-    op, aggregator = given.pop("op"), given.pop("aggregator")
-    if op != hvd.Average:
-        raise ValueError(f"with Keras on PyTorch, op must be Average, got {op!r}")
-    check_aggregator(aggregator, given["schedule"])
-    check_compression(given["compression"])
-    check_process_set(given["process_set"], ProcessSet)
-    check_count("bucket_bytes", given["bucket_bytes"])
-    check_predivide(given["gradient_predivide_factor"])
-    check_replicas_interval(given["check_replicas"])
-    given["granularity"] = _values(check_granularity(given["granularity"], is_variable))
-    given["may_differ"] = frozenset(v.value for v in given["may_differ"])
-    return Settings(aggregator=aggregator or Mean(), overlap=False, grad_scaler=None, **given)
+    if given["op"] != hvd.Average:
+        raise ValueError(f"with Keras on PyTorch, op must be Average, got {given['op']!r}")
+    settings = Settings.checked(VARIABLES, hvd, **{**given, "device_dense": "", "device_sparse": "", "overlap": False})
+    return replace(settings, aggregator=settings.aggregator or Mean())
 
 
-def checked_groups(groups: Any, num_groups: int) -> Any:
-    if num_groups != 0:
-        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=3)
-        groups = num_groups if groups is None else groups
-    return _values(check_groups(groups, is_variable))
+#: By the tensors that they hold, which is what the reducer sees.
+VARIABLES = Parameters(lambda thing: isinstance(thing, keras.Variable), lambda variable: id(variable.value))
 
 
-def _values(argument: Any) -> Any:
-    return [[v.value for v in group] for group in argument] if isinstance(argument, list) else argument
-
-
-def is_variable(thing: Any) -> bool:
-    """Whether this is a variable of Keras."""
-    return isinstance(thing, keras.Variable)
+start_over = numbering.restart
 
 
 def native(variable: Any) -> Any:

@@ -195,5 +195,5 @@ class Ops(Protocol):
         ...
 
     def arithmetic(self, device: Any) -> str:
-        """What combines gradients on a device. Ranks must have it in common, because last bits depend on it."""
+        """Name the arithmetic of a device. Ranks must have it in common, because last bits of results depend on it."""
         ...

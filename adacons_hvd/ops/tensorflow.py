@@ -436,5 +436,5 @@ def _sum_of_words(flat: tf.Tensor) -> tf.Tensor:
 
 
 def arithmetic(device: str) -> str:
-    """What combines gradients on a device. Ranks must have it in common, because last bits depend on it."""
+    """Name the arithmetic of a device. Ranks must have it in common, because last bits of results depend on it."""
     return "TensorFlow's operations"

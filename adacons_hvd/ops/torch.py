@@ -247,7 +247,7 @@ def _compiled(device: torch.device) -> bool:
 
 
 def arithmetic(device: torch.device) -> str:
-    """What combines gradients on a device. Ranks must have it in common, because last bits depend on it."""
+    """Name the arithmetic of a device. Ranks must have it in common, because last bits of results depend on it."""
     return "Triton's kernels" if device.type == "cuda" and _compiled(device) else "PyTorch's operations"
 
 

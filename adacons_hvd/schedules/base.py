@@ -1,4 +1,4 @@
-"""What schedules and buckets are: a bucket is a message-sized piece of gradient, a schedule a way to move it."""
+"""Buckets and schedules: a bucket is a message-sized piece of gradient, a schedule is a way to move it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Schedule:
         self.predivide = predivide
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
-        """What moves this one bucket, in every step."""
+        """Make the object that moves this one bucket in every step."""
         raise NotImplementedError
 
     @classmethod
@@ -72,7 +72,7 @@ class Schedule:
 class Transfer:
     """One bucket's way through a step, by one schedule. Owns the scratch memory that takes."""
 
-    #: What the first collective has brought, once it is finished.
+    #: The result of the first collective, once it is finished.
     arrived: Tensor = None
 
     def __init__(self, schedule: Schedule) -> None:
@@ -128,7 +128,7 @@ class Bucket:
     #: Whether every worker ends up with the statistics of all.
     complete: bool
     begun: bool = False
-    #: What the aggregator remembers of earlier steps, and what gradients had to be multiplied by
+    #: The aggregator's memory of earlier steps, and the factor that gradients had to be multiplied by
     #: to undo a loss scale: in this step, or in the last if this one begins during backward.
     memory: Memory
     unscale: Tensor | float

@@ -57,7 +57,7 @@ class _HalfTransfer(TwoPassTransfer):
             yield Share(group, row * ops.concat([undo[group : group + 1], ops.ones_like(undo[:1])]))
 
     def _factor(self, bucket: DenseBucket) -> Tensor:
-        """What each group is multiplied by before it is rounded, ``[groups]``."""
+        """The factor for each group before it is rounded, ``[groups]``."""
         length = bucket.remembered("length")[:, 0]
         ops = ops_for(length)
         known = ops.where(length > 0, length, ops.ones_like(length))

@@ -15,7 +15,7 @@ __all__ = ["Step"]
 
 @dataclass
 class Step:
-    """What happens between backward and the optimizer, for one optimizer, every step.
+    """Aggregates the gradients of one optimizer, between backward and its step.
 
     Args:
         collectives: the workers.

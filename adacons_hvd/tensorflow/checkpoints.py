@@ -1,4 +1,4 @@
-"""What aggregators remember, in TensorFlow's checkpoints."""
+"""Aggregators' memories in TensorFlow's checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["StateBase", "state_in_checkpoint"]
 
 
 class StateBase(tf.train.experimental.PythonState):
-    """What the aggregator remembers, as ``tf.train.Checkpoint`` saves and restores it.
+    """An aggregator's memory, as ``tf.train.Checkpoint`` saves and restores it.
 
     As one string, since there are no variables for it before the first step, and other ones for
     another number of workers.
@@ -39,7 +39,7 @@ def _unpacked(string_value: bytes) -> dict[str, Any]:
 
 
 def state_in_checkpoint(prefix: Any, name: str) -> dict[str, Any]:
-    """What :class:`StateBase` wrote into a checkpoint, as an attribute of that name."""
+    """The memory that :class:`StateBase` wrote into a checkpoint, as an attribute of that name."""
     reader = tf.train.load_checkpoint(str(prefix))
     for key in reader.get_variable_to_shape_map():
         if name in key.split("/"):

@@ -10,14 +10,13 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.tensorflow import elastic as horovods
 from horovod.tensorflow.elastic import ObjectState
 
-from ..keras.common_elastic import make_elastic
+from ..engine.elastic import make_run, make_state
+from . import sharing
 
-__all__ = ["HorovodInternalError", "ObjectState", "TensorFlowKerasState", "TensorFlowState", "run"]
+__all__ = ["HorovodInternalError", "ObjectState", "TensorFlowKerasState", "TensorFlowState", "run"]  # noqa: F822
 
-_made = make_elastic(tf.keras, "tensorflow")
-TensorFlowKerasState = _made["KerasState"]
-run = _made["run"]
-_State: Any = _made["State"]
+run = make_run(sharing)
+_State: Any = make_state(sharing)
 
 
 class TensorFlowState(_State):  # type: ignore[misc]
@@ -45,3 +44,16 @@ class TensorFlowState(_State):  # type: ignore[misc]
 
     def _kept_variables(self) -> list[Any]:
         return self.variables
+
+
+def __getattr__(name: str) -> object:
+    # Keras is above this, and not everyone needs it.
+    if name == "TensorFlowKerasState":
+        from .keras.elastic import TensorFlowKerasState
+
+        return TensorFlowKerasState
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

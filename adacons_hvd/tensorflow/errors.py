@@ -20,7 +20,7 @@ from ..engine.replicas import ReplicaError, StrayStepError
 
 __all__ = ["check", "decoded"]
 
-#: What a judge may raise.
+#: The errors that a judge may raise.
 _ERRORS = {
     cls.__name__: cls for cls in (DisagreementError, FloatingPointError, ReplicaError, RuntimeError, StrayStepError)
 }
@@ -53,7 +53,7 @@ def check(suspicious: tf.Tensor, judge: Callable[..., None], data: Callable[[], 
 
 
 def decoded(error: tf.errors.OpError) -> Exception | None:
-    """What a judge raised, if that is what TensorFlow's error is about."""
+    """The error that a judge raised, if TensorFlow's error is about one."""
     found = _WRITTEN.search(error.message)
     if found is None or found[1] not in _ERRORS:
         return None

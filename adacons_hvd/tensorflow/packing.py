@@ -44,7 +44,7 @@ class Slot:
         return length
 
     def signature(self) -> Any:
-        """What a ``tf.function`` has to know of the gradient; its number of rows is left open."""
+        """The gradient's type, for the signature of a ``tf.function``; a sparse one's number of rows is left open."""
         if self.sparse:
             return tf.IndexedSlicesSpec(self.shape, self.dtype, tf.int64, tf.int64, [None])
         return tf.TensorSpec(self.shape, self.dtype)

@@ -14,13 +14,12 @@ from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 from ..aggregators import Aggregator, pack_memory
 from ..costs import Network
 from ..engine.replicas import CHECK_REPLICAS
-from ..engine.settings import BUCKET_BYTES
+from ..engine.settings import BUCKET_BYTES, Settings, groups_or_number
 from ..report import Report
-from .arguments import checked_groups, checked_settings
 from .checkpoints import StateBase
 from .packing import Gradient
 from .reducer import Reducer
-from .settings import Settings, key_of, native
+from .variables import VARIABLES, key_of, native
 
 __all__ = ["DistributedGradientTape", "PartialDistributedGradientTape", "TapeState"]
 
@@ -99,13 +98,15 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
     >>> tape.gradient(loss, [weights])[0].numpy()
     array([2., 4.], dtype=float32)
     """
-    settings = checked_settings(
+    settings = Settings.checked(
+        VARIABLES,
+        hvd,
         aggregator=aggregator,
         schedule=schedule,
         granularity=granularity,
         compression=compression,
         gradient_predivide_factor=gradient_predivide_factor,
-        groups=checked_groups(groups, num_groups),
+        groups=groups_or_number(groups, num_groups),
         sparse_as_dense=sparse_as_dense,
         process_set=process_set,
         bucket_bytes=bucket_bytes,
@@ -179,7 +180,7 @@ def variables_of(local_layers: Any) -> list[Any]:
 
 
 class _Aggregating(tf.GradientTape):
-    """What is added to the tape's class. Never instantiated itself."""
+    """The base that is added to the tape's class. Never instantiated itself."""
 
     _base: type[tf.GradientTape]
     _settings: Settings
@@ -283,7 +284,7 @@ def _take_up_restored() -> None:
 
 
 class TapeState(StateBase):
-    """What the aggregators of all tapes remember, for ``tf.train.Checkpoint``.
+    """The memories of all tapes' aggregators, for ``tf.train.Checkpoint``.
 
     A tape lives for a step, so a checkpoint cannot hold it. What tapes leave behind is told apart
     by the order in which they are first used, which must be the same when training goes on.

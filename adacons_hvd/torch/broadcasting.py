@@ -85,7 +85,10 @@ def broadcast_optimizer_state(
         return
     # A rank without an aggregator takes part too. It must not be here that others wait for it, but
     # in the first step, where it is found out.
-    memory = None if reducer is None else reducer.state_on_host()
+    memory = None
+    if reducer is not None:
+        state = reducer.state.state_dict()
+        memory = {name: value.cpu() if torch.is_tensor(value) else value for name, value in state.items()}
     root = root_rank if root_rank in process_set.ranks else process_set.ranks[0]
     memory = hvd.broadcast_object(memory, root, name="adacons.state", process_set=process_set)
     if reducer is not None and memory is not None:

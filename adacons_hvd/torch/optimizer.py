@@ -16,31 +16,19 @@ from horovod.torch.compression import Compression
 from horovod.torch.mpi_ops import ProcessSet, global_process_set
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .. import __version__, agreement
+from .. import agreement
 from ..aggregators import Aggregator, unpack_memory
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Network
 from ..engine.memory import STATE_KEY
 from ..engine.protocol import Message, Verdict, decide
 from ..engine.replicas import CHECK_REPLICAS
-from ..engine.settings import (
-    BUCKET_BYTES,
-    check_aggregator,
-    check_compression,
-    check_count,
-    check_grad_scaler,
-    check_granularity,
-    check_groups,
-    check_members,
-    check_op,
-    check_predivide,
-    check_process_set,
-    check_replicas_interval,
-)
+from ..engine.session import describe_average
+from ..engine.settings import BUCKET_BYTES, Parameters, Settings, check_count, groups_or_number
 from ..report import Report
 from ..torch_amp import aggregate_before_unscaling, unscale
-from .numbering import generation, take_number
-from .reducer import Reducer, Settings, exchange, reducer_of
+from .numbering import numbering
+from .reducer import Reducer, exchange, reducer_of
 
 __all__ = ["DistributedOptimizer"]
 
@@ -130,13 +118,24 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     0
     """
     _check_optimizer(optimizer)
-    check_aggregator(aggregator, schedule)
-    check_count("bucket_bytes", bucket_bytes)
-    check_predivide(gradient_predivide_factor)
-    check_compression(compression)
-    check_process_set(process_set, ProcessSet)
-    check_grad_scaler(grad_scaler)
-    check_replicas_interval(check_replicas)
+    settings = Settings.checked(
+        Parameters(torch.is_tensor, id),
+        hvd,
+        aggregator=aggregator,
+        schedule=schedule,
+        granularity=granularity,
+        compression=compression,
+        gradient_predivide_factor=gradient_predivide_factor,
+        groups=groups_or_number(groups, num_groups),
+        sparse_as_dense=sparse_as_dense,
+        process_set=process_set,
+        bucket_bytes=bucket_bytes,
+        overlap=overlap,
+        grad_scaler=grad_scaler,
+        op=op,
+        check_replicas=check_replicas,
+        may_differ=may_differ,
+    )
     if aggregator is None:
         return _plain(
             hvd.DistributedOptimizer(
@@ -153,27 +152,8 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             ),
             process_set,
         )
-    if num_groups != 0:
-        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
-        groups = num_groups if groups is None else groups
-    check_op(op, hvd)
     check_count("backward_passes_per_step", backward_passes_per_step)
     names = _names(optimizer, named_parameters)
-    settings = Settings(
-        aggregator=aggregator,
-        schedule=schedule,
-        granularity=check_granularity(granularity, torch.is_tensor),
-        compression=compression,
-        gradient_predivide_factor=gradient_predivide_factor,
-        groups=check_groups(groups, torch.is_tensor),
-        sparse_as_dense=sparse_as_dense,
-        process_set=process_set,
-        bucket_bytes=bucket_bytes,
-        overlap=overlap,
-        grad_scaler=grad_scaler,
-        check_replicas=check_replicas,
-        may_differ=frozenset(may_differ),
-    )
     _check_parameters(optimizer, settings)
     return _distributed(optimizer, names, backward_passes_per_step, settings)
 
@@ -204,7 +184,7 @@ def _distributed(
 
 
 class _Aggregating(torch.optim.Optimizer):
-    """What is added to the optimizer's class. Never instantiated itself."""
+    """The base that is added to the optimizer's class. Never instantiated itself."""
 
     _base: type[torch.optim.Optimizer]
     _reducer: Reducer | None
@@ -226,7 +206,7 @@ class _Aggregating(torch.optim.Optimizer):
 
     @property
     def report(self) -> Report | None:
-        """What the last step did; None before the first."""
+        """A report on the last step; None before the first."""
         return None if self._reducer is None else self._reducer.report
 
     def set_backward_passes_per_step(self, passes: int) -> None:
@@ -457,8 +437,8 @@ def _plain(optimizer: torch.optim.Optimizer, process_set: ProcessSet) -> torch.o
 
     def telling_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         nonlocal told
-        if told != generation():
-            told = generation()
+        if told != numbering.generation:
+            told = numbering.generation
             _tell_plain(process_set)
         return step(*args, **kwargs)
 
@@ -469,8 +449,8 @@ def _plain(optimizer: torch.optim.Optimizer, process_set: ProcessSet) -> torch.o
 
 def _tell_plain(process_set: ProcessSet) -> None:
     collectives = HorovodTorch(process_set)
-    name = f"adacons.{take_number(process_set)}"
-    description = {"adacons_hvd": __version__, "aggregator": "None (Horovod's own reduction)"}
+    name = f"adacons.{numbering.take(process_set.process_set_id)}"
+    description = describe_average("Horovod's own reduction")
     mine = Message(digest=agreement.digest(description))
     if decide(mine, exchange(collectives, mine, name)).verdict is Verdict.DISAGREE:
         agreement.confirm(collectives, description, name)
@@ -529,6 +509,4 @@ def _check_parameters(optimizer: torch.optim.Optimizer, settings: Settings) -> N
             "an optimizer of whole parameters."
         )
     known = set(map(id, parameters))
-    check_members("granularity", settings.granularity, known)
-    check_members("groups", settings.groups, known)
-    check_members("may_differ", [list(settings.may_differ)], known)
+    settings.check_members(known)

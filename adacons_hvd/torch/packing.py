@@ -6,7 +6,7 @@ a bucket, :mod:`adacons_hvd.engine.plan` says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,10 +189,10 @@ def pack(
     schedule: Schedule,
     *,
     bucket_bytes: int,
-    together: Sequence[Sequence[torch.Tensor]] | None,
+    together: Sequence[Sequence[Hashable]] | None,
     compression: Any,
 ) -> list[Packing]:
-    """Make the packings of a layout; ``together`` is as in :func:`adacons_hvd.engine.plan.plan_buckets`."""
+    """Make the packings of a layout; ``together`` is as in :func:`adacons_hvd.engine.plan.plan_buckets`, by ``id``."""
     wire, transform = _compression(compression)
 
     def dtype_of(slot: Slot) -> torch.dtype:
@@ -209,9 +209,8 @@ def pack(
         )
         for slot in slots
     ]
-    shared = None if together is None else [[id(parameter) for parameter in group] for group in together]
     packings: list[Packing] = []
-    for number, bucket in enumerate(plan_buckets(items, bucket_bytes, shared)):
+    for number, bucket in enumerate(plan_buckets(items, bucket_bytes, together)):
         members = [slots[position] for position in bucket.positions]
         if bucket.sparse:
             packings.append(SparsePacking(f"{name}.{number}", members[0], schedule))

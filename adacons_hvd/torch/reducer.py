@@ -25,55 +25,32 @@ a sum, which may leave whoever is here.
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import horovod.torch as hvd
 import torch
-from horovod.torch.mpi_ops import HorovodInternalError, ProcessSet
+from horovod.torch.mpi_ops import HorovodInternalError
 
-from .. import __version__, agreement
-from ..aggregators import Aggregator
+from .. import agreement
 from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
-from ..costs import Network
-from ..engine.memory import State, rank_to_follow, warn_of_other_steps
-from ..engine.plan import group_parameters, shared_buckets
+from ..costs import Choice
+from ..engine.memory import State, share_memory
 from ..engine.protocol import Message, Recall, Verdict, decide
-from ..engine.replicas import CHECK_REPLICAS, ReplicaError, compare_replicas, is_due, stray_step
-from ..engine.session import ONLY_SUMS, choose_schedule
+from ..engine.replicas import ReplicaError, compare_replicas, is_due, stray_step
+from ..engine.session import ONLY_SUMS, Arrival, Parameter, agree, choose_schedule, describe
+from ..engine.settings import Settings
 from ..ops.torch import arithmetic
 from ..ops.torch import digest as digest_of
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from ..torch_amp import unscale
 from ..torch_host import OnItsWay
-from .numbering import generation, take_number
+from .numbering import numbering
 from .packing import Packing, Slot, pack
 
-__all__ = ["Reducer", "Settings", "exchange", "reducer_of"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for; see ``DistributedOptimizer``."""
-
-    aggregator: Aggregator
-    schedule: str | Network
-    granularity: str | Sequence[Sequence[torch.Tensor]]
-    compression: Any
-    gradient_predivide_factor: float
-    groups: int | Sequence[Sequence[torch.Tensor]] | None
-    sparse_as_dense: bool
-    process_set: ProcessSet
-    bucket_bytes: int
-    overlap: bool
-    grad_scaler: Any
-    check_replicas: int = CHECK_REPLICAS
-    may_differ: frozenset[torch.Tensor] = frozenset()
+__all__ = ["Reducer", "exchange", "reducer_of"]
 
 
 class Reducer:
@@ -105,7 +82,9 @@ class Reducer:
         backward_passes_per_step: int,
         settings: Settings,
     ) -> None:
+        assert settings.aggregator is not None
         self.settings = settings
+        self._aggregator = settings.aggregator
         self.passes = backward_passes_per_step
         self.state = State()
         self.report: Report | None = None
@@ -122,13 +101,13 @@ class Reducer:
     def _start(self) -> None:
         """Get to know the workers there are."""
         self._collectives = HorovodTorch(self.settings.process_set)
-        self._generation = generation()
+        self._generation = numbering.generation
         #: Taken in the first step.
         self._number: int | None = None
 
     def _keep_up(self) -> None:
         """Start again if Horovod has been initialised anew: an elastic job's workers have changed."""
-        if self._generation != generation():
+        if self._generation != numbering.generation:
             self.reset()
             self._start()
 
@@ -225,7 +204,7 @@ class Reducer:
         """Exchange flags, and do what they ask for until all ranks can take the same step."""
         self._keep_up()
         if self._number is None:
-            self._number = take_number(self.settings.process_set)
+            self._number = numbering.take(self.settings.process_set.process_set_id)
         self._full.clear()
         self._count_ranks()
         all_are_here = self._all_are_here(wait=True)
@@ -271,7 +250,8 @@ class Reducer:
     # --- comparing replicas ---------------------------------------------------------------------
 
     def _compared(self) -> list[Slot]:
-        return [slot for slot in self._slots.values() if slot.parameter not in self.settings.may_differ]
+        differing = self.settings.differing
+        return [slot for slot in self._slots.values() if id(slot.parameter) not in differing]
 
     def _take_digest(self) -> OnItsWay:
         """Start to compute a digest of the parameters. Other ranks are told it in the next step."""
@@ -360,27 +340,15 @@ class Reducer:
         self._watch()
         # Groups are numbered over all parameters, so that the memory of a layer stays its own
         # when another is frozen.
-        group_of, self._groups = group_parameters(self.settings.granularity, self._parameters())
-        return [Slot(self._name_of(p), p, group_of[p], expected=self.passes) for p in self._trainable()]
+        group_of, self._groups = self.settings.group_parameters(list(map(id, self._parameters())))
+        return [Slot(self._name_of(p), p, group_of[id(p)], expected=self.passes) for p in self._trainable()]
 
     def _lay_out(self, slots: list[Slot], digest: int, joined: bool) -> None:
         """Make packings of slots that all ranks have alike."""
-        hosts = [host_name()]
-        if not joined:
-            mine = {
-                "host": host_name(),
-                "sparse": [i for i, slot in enumerate(slots) if self._is_sparse(slot)],
-                "remembers": [self.state.digest(), self.state.steps],
-                "was apart": self._joined,
-            }
-            data = json.dumps(mine).encode()
-            answers = [json.loads(a) for a in self._collectives.allgather_bytes(data, f"{self.name}.plan")]
-            hosts = [answer["host"] for answer in answers]
-            # A parameter may have a sparse gradient on one rank and none yet on another.
-            for index in {i for answer in answers for i in answer["sparse"]}:
-                slots[index].sparse = True
-            self._share_memory(answers)
-        self._choose_schedule(slots, hosts, joined)
+        if joined:
+            self._choice = self._only_sums()
+        else:
+            self._choice = self._agree(slots, digest)
         schedule = SCHEDULES[self._choice.schedule](self._collectives, self.settings.gradient_predivide_factor)
         if not joined:
             self._packings_for_all = []
@@ -392,10 +360,10 @@ class Reducer:
             slots,
             schedule,
             bucket_bytes=self.settings.bucket_bytes,
-            together=shared_buckets(self.settings.groups, list(self._slots)),
+            together=self.settings.shared_buckets(list(map(id, self._slots))),
             compression=self.settings.compression,
         )
-        self._step = Step(self._collectives, self.settings.aggregator, self._groups, self.name)
+        self._step = Step(self._collectives, self._aggregator, self._groups, self.name)
         self._overlaps = self.settings.overlap and schedule.overlaps and self._step.may_begin_early
         sparse = any(slot.sparse for slot in slots)
         only_sums = schedule.only_sums and not sparse
@@ -409,28 +377,47 @@ class Reducer:
         self._digest, self._joined, self._stale = digest, joined, False
         if self._packings:
             reference = self._packings[0].bucket.reference
-            self.state.fit(self.settings.aggregator, self._groups, self._collectives.size, reference)
+            self.state.fit(self._aggregator, self._groups, self._collectives.size, reference)
 
-    def _share_memory(self, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Let all ranks remember the same.
+    def _agree(self, slots: Sequence[Slot], digest: int) -> Choice:
+        """Learn from all ranks which slots are sparse, remember what they remember, and choose a schedule with them."""
+        mine = Arrival(
+            digest,
+            host_name(),
+            sparse=[i for i, slot in enumerate(slots) if self._is_sparse(slot)],
+            memory=(self.state.digest(), self.state.steps),
+            was_without_some=self._joined,
+        )
+        arrivals = agree(self._collectives, mine, self._description(slots), self.name)
+        # A parameter may have a sparse gradient on one rank and none yet on another.
+        for index in {i for arrival in arrivals for i in arrival.sparse}:
+            slots[index].sparse = True
+        reference = slots[0].parameter if slots else torch.zeros(())
+        share_memory(
+            self.state,
+            [arrival.memory for arrival in arrivals],
+            self._collectives,
+            self.name,
+            reference=reference,
+            ranks=self.settings.process_set.ranks,
+            expected=any(arrival.was_without_some for arrival in arrivals),
+        )
+        return choose_schedule(
+            self.settings,
+            self._collectives,
+            [arrival.host for arrival in arrivals],
+            sum(s.length * s.parameter.element_size() for s in slots if not s.sparse),
+            reference,
+            self.name,
+        )
 
-        They do not where a rank has missed steps since its ``hvd.join()``, or where a checkpoint
-        was not loaded on all of them.
-        """
-        remembered = [tuple(answer["remembers"]) for answer in answers]
-        leader = rank_to_follow(remembered)
-        if leader is None:
-            return
-        if not any(answer["was apart"] for answer in answers):
-            warn_of_other_steps(remembered, leader)
-        root = self.settings.process_set.ranks[leader]
-        mine = self.state_on_host()
-        name, process_set = f"{self.name}.memory", self.settings.process_set
-        self.state.load_state_dict(hvd.broadcast_object(mine, root, name=name, process_set=process_set))
-
-    def state_on_host(self) -> dict[str, Any]:
-        """What the aggregator remembers, in a form that can be sent to another process."""
-        return {k: v.cpu() if torch.is_tensor(v) else v for k, v in self.state.state_dict().items()}
+    def _only_sums(self) -> Choice:
+        if self._aggregator.needs_gramian:
+            raise RuntimeError(
+                f"{self._aggregator!r} needs the Gramian of all gradients, which "
+                "cannot be computed once a rank has called hvd.join()"
+            )
+        return ONLY_SUMS
 
     def _is_sparse(self, slot: Slot) -> bool:
         gradient = slot.parameter.grad
@@ -438,56 +425,17 @@ class Reducer:
             return False
         return gradient.sparse_dim() == 1
 
-    def _choose_schedule(self, slots: Sequence[Slot], hosts: Sequence[str], joined: bool) -> None:
-        if joined:
-            if self.settings.aggregator.needs_gramian:
-                raise RuntimeError(
-                    f"{self.settings.aggregator!r} needs the Gramian of all gradients, which "
-                    "cannot be computed once a rank has called hvd.join()"
-                )
-            self._choice = ONLY_SUMS
-        else:
-            size = sum(s.length * s.parameter.element_size() for s in slots if not s.sparse)
-            self._choice = choose_schedule(
-                self.settings.schedule,
-                self.settings.aggregator,
-                self._collectives,
-                hosts,
-                size,
-                self.settings.bucket_bytes,
-                slots[0].parameter if slots else torch.zeros(()),
-                self.name,
-            )
-
     def _name_of(self, parameter: torch.Tensor) -> str:
         if parameter not in self._names:  # added to the optimizer after it was wrapped
             self._names[parameter] = f"adacons.noname.{len(self._names)}"
         return self._names[parameter]
 
     def _description(self, slots: Sequence[Slot]) -> dict[str, Any]:
-        """What all ranks must have in common, in words that an error can show."""
-        settings = self.settings
-        granularity = settings.granularity
-        together = shared_buckets(settings.groups, [slot.parameter for slot in slots])
-        return {
-            "adacons_hvd": __version__,
-            "aggregator": repr(settings.aggregator),
-            "schedule": str(settings.schedule),
-            "granularity": granularity if isinstance(granularity, str) else "explicit groups",
-            "compression": getattr(settings.compression, "__name__", str(settings.compression)),
-            "gradient_predivide_factor": settings.gradient_predivide_factor,
-            "groups": None if together is None else [[self._name_of(p) for p in group] for group in together],
-            "sparse_as_dense": settings.sparse_as_dense,
-            "bucket_bytes": settings.bucket_bytes,
-            "overlap": settings.overlap,
-            "grad_scaler": settings.grad_scaler is not None,
-            "check_replicas": settings.check_replicas,
-            "may_differ": [s.name for s in slots if s.parameter in settings.may_differ],
-            "arithmetic": sorted({arithmetic(s.parameter.device) for s in slots}),
-            "parameters": [
-                [s.name, str(s.parameter.dtype), str(tuple(s.parameter.shape)), f"group {s.group}"] for s in slots
-            ],
-        }
+        parameters = [
+            Parameter(id(s.parameter), s.name, str(s.parameter.dtype), s.parameter.shape, s.group) for s in slots
+        ]
+        devices = sorted({arithmetic(slot.parameter.device) for slot in slots})
+        return describe(self.settings, parameters, arithmetic=devices)
 
     # --- state ----------------------------------------------------------------------------------
 

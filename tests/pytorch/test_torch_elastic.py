@@ -98,7 +98,7 @@ class TestNumbering:
 
             import adacons_hvd.torch as hvd
             from adacons_hvd import AdaCons
-            from adacons_hvd.torch.numbering import take_number
+            from adacons_hvd.torch.numbering import numbering
 
             def optimizer_of(weight):
                 return hvd.DistributedOptimizer(torch.optim.SGD([weight], lr=0.1), aggregator=AdaCons())
@@ -117,7 +117,7 @@ class TestNumbering:
                     second.zero_grad()
                 if not again:
                     if harness.rank() == 0:
-                        take_number(hvd.global_process_set)
+                        numbering.take(hvd.global_process_set.process_set_id)
                     hvd.shutdown()
                     hvd.init()
                     hvd.init()  # does nothing, also to numbers

@@ -254,6 +254,7 @@ def test_a_step_along_gradients_never_aggregated_is_an_error_on_all_ranks(cluste
         import harness
         import tensorflow as tf
 
+        from adacons_hvd.engine import replicas
         from adacons_hvd.engine.replicas import StrayStepError
         from adacons_hvd.tensorflow import reducer as module
 
@@ -275,10 +276,10 @@ def test_a_step_along_gradients_never_aggregated_is_an_error_on_all_ranks(cluste
         go_astray(module.Reducer(training.tape._settings)) if training.rank else found.append(other.error())
         go_astray(training.tape._reducer)
         # The others hear of it later than a rank waits for them.
-        limit, module.STRAY_SECONDS = module.STRAY_SECONDS, 1
+        limit, replicas.STRAY_SECONDS = replicas.STRAY_SECONDS, 1
         if training.rank:
             go_astray(training.tape._reducer)
-        module.STRAY_SECONDS = limit
+        replicas.STRAY_SECONDS = limit
         harness.gather(None)
         if not training.rank:
             found.append(training.error())

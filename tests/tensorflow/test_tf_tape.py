@@ -146,7 +146,7 @@ def test_groups_travel_together_and_the_rest_alone(cluster):
                 loss = tf.add_n([tf.reduce_sum(v) for v in variables])
             tape = hvd.DistributedGradientTape(tape, groups=given, aggregator=AdaCons(), name=f"case {number}")
             tape.gradient(loss, variables)
-            found.append(sorted(sorted(slot.index for slot in p.slots) for p in tape._reducer._last.packings))
+            found.append(sorted(sorted(slot.index for slot in p.slots) for p in tape._reducer.session().last.packings))
         return found
 
     assert cluster.run(parcels) == [[[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1], [3]]]] * 3

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 # First, because it raises an error where tf.keras cannot be used.
-from ...keras.on_tensorflow import broadcast_global_variables as broadcast_global_variables
+from ...keras.tensorflow_backend import broadcast_global_variables as broadcast_global_variables
 
 # isort: split
 
@@ -22,8 +22,8 @@ from ...aggregators import AdaCons as AdaCons
 from ...aggregators import Aggregator
 from ...engine.replicas import CHECK_REPLICAS
 from ...engine.settings import BUCKET_BYTES
-from ...keras.arguments import distribute, keep_local, make_load_model
 from ...keras.backends import uses_keras_2
+from ...keras.public import distribute, keep_local, make_load_model
 
 # From now on steps are watched, whichever optimizer takes them.
 import_module("adacons_hvd.keras.legacy" if uses_keras_2() else "adacons_hvd.keras.optimizer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from ...keras.common_callbacks import make_callbacks
+from ...keras.callbacks import make_callbacks
 
 _made = make_callbacks(tf.keras, "tensorflow")
 AggregationLogger = _made["AggregationLogger"]

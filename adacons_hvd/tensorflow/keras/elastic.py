@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from ...keras.common_elastic import make_elastic
+from ...keras.elastic import make_elastic
 
 _made = make_elastic(tf.keras, "tensorflow")
 KerasState = _made["KerasState"]
