@@ -39,6 +39,8 @@ class AdaCons(Aggregator):
     [0.42, 0.38, 0.2]
     """
 
+    portable = True
+
     def __init__(
         self,
         momentum: float = 0.99,

@@ -101,6 +101,11 @@ class Aggregator:
     #: squares then refuse to run, and ``schedule="auto"`` chooses among the others.
     needs_gramian: ClassVar[bool] = False
 
+    #: Set to True, in the very class that has the mathematics, if it uses nothing but operators and the small
+    #: operations of ``ops_for(...)``. It is then computed on Python's own numbers where these are faster: for few
+    #: workers whose gradients are on the host.
+    portable: ClassVar[bool] = False
+
     #: The effect of a gradient that holds NaN or infinity: ``"propagate"`` (the step is the plain
     #: average, so every rank sees the value and a loss scaler skips the step everywhere),
     #: ``"exclude"`` (that worker sits this step out) or ``"raise"`` (an error on every rank).
@@ -130,6 +135,11 @@ class Aggregator:
     def resize(self, memory: Memory, workers: int) -> Memory:
         """Return ``memory`` made for another number of workers; by default it starts afresh."""
         return {}
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether this very class says that it is; one that is derived from it may compute in another way."""
+        return bool(vars(type(self)).get("portable", False))
 
     # --- what every aggregator shares -----------------------------------------------------------
 

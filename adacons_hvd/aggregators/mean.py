@@ -16,6 +16,8 @@ class Mean(Aggregator):
     tensor([2., 3.])
     """
 
+    portable = True
+
     def __init__(self, nonfinite: str = "propagate") -> None:
         self.nonfinite = one_of("nonfinite", nonfinite, NONFINITE_POLICIES)
 

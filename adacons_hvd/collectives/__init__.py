@@ -43,6 +43,8 @@ class Collectives(Protocol):
     rank: int
     #: The library and transport that carry the messages, in words that tell one from another.
     kind: str
+    #: Whether a bucket may begin before it is known that all workers are here, if it begins with a sum.
+    may_begin_with_sums: bool
 
     # Where `out` is given, the result is put there if the library can. It may be `tensor` itself
     # in allreduce. Only what wait() returns is sure to be the result.

@@ -41,6 +41,7 @@ class TorchDistributed:
     #: error, where other ranks are known not to come.
     interrupt: Callable[[], None] | None = None
     seconds_between_interrupts = 1.0
+    may_begin_with_sums = False
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
         self.group = group

@@ -31,6 +31,7 @@ class HorovodTensorFlow:
     Horovod's ``device_dense`` and ``device_sparse``.
     """
 
+    may_begin_with_sums = False
     kind = "horovod.tensorflow"
 
     def __init__(self, process_set: hvd.ProcessSet = hvd.global_process_set, dense: str = "", sparse: str = "") -> None:

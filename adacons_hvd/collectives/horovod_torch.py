@@ -23,6 +23,7 @@ _LONGEST_SLEEP = 1e-3
 class HorovodTorch:
     """The workers of one Horovod process set."""
 
+    may_begin_with_sums = True
     kind = "horovod.torch"
 
     def __init__(self, process_set: hvd.ProcessSet = hvd.global_process_set) -> None:

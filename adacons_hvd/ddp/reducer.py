@@ -205,7 +205,7 @@ class Reducer:
         for part, future in taken:
             future.set_result(part.result())
         if is_due(self._steps, self.settings.check_replicas):
-            self._replicas.begin(self.state.memory.values(), self._here() is not False)
+            self._replicas.begin(self.state.tensors().values(), self._here() is not False)
         self._steps += 1
         error, self._error = self._error, None
         if error is not None:

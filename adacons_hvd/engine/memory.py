@@ -24,10 +24,18 @@ class State:
 
     memory: Memory = field(default_factory=dict)
     workers: int = 0
+    #: Some tensor where memories are kept, and what the memory was last made to fit.
+    _reference: Tensor = None
+    _fitted: Any = None
 
     def fit(self, aggregator: Aggregator, groups: int, workers: int, reference: Tensor) -> None:
         """Make a loaded memory fit the groups and workers there are, on ``reference``'s device."""
+        wanted = (groups, workers, getattr(reference, "device", None))
+        if wanted == self._fitted:
+            return
         ops = ops_for(reference)
+        self._reference, self._fitted = ops.zeros((1,), reference), wanted
+        self.memory = self.tensors()
         known = ops.shape(self.memory["steps"])[0] if self.memory else groups
         if known != groups:
             warnings.warn(
@@ -38,18 +46,26 @@ class State:
             self.memory = {}
         if self.memory and self.workers != workers:
             self.memory = aggregator.resized(self.memory, workers)
-        self.memory = {name: ops.beside(value, reference) for name, value in self.memory.items()}
         self.workers = workers
 
+    def tensors(self) -> Memory:
+        """The memory as tensors. What a step leaves may be Python's own numbers."""
+        if self._reference is None:
+            return self.memory
+        ops = ops_for(self._reference)
+        return {name: ops.beside(value, self._reference) for name, value in self.memory.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        return pack_memory(self.memory, self.workers)
+        return pack_memory(self.tensors(), self.workers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.memory, self.workers = unpack_memory(state)
+        self._fitted = None
 
     def digest(self) -> int:
         """A number that differs between ranks if what they remember does. Waits for the device."""
-        values = [self.memory[name] for name in sorted(self.memory)]
+        memory = self.tensors()
+        values = [memory[name] for name in sorted(memory)]
         if not values:
             return 0
         ops = ops_for(values[0])
@@ -118,10 +134,9 @@ def share_memory(
     mine = {name: [ops.shape(value), list(_numbers(ops.to_list(value)))] for name, value in state.memory.items()}
     sent = collectives.allgather_bytes(json.dumps([state.workers, mine]).encode() if leads else b"", f"{name}.memory")
     if not leads:
-        state.workers, theirs = json.loads(sent[leader])
-        state.memory = {
-            name: ops.reshape(ops.like(values, reference), shape) for name, (shape, values) in theirs.items()
-        }
+        workers, theirs = json.loads(sent[leader])
+        memory = {key: ops.reshape(ops.like(flat, reference), shape) for key, (shape, flat) in theirs.items()}
+        state.load_state_dict(pack_memory(memory, workers))
 
 
 def _numbers(values: Any) -> Iterator[float]:

@@ -5,31 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-__all__ = ["Ops", "Tensor"]
+__all__ = ["Ops", "SmallOps", "Tensor"]
 
-#: A tensor of any supported framework. The mathematics only uses operators and an :class:`Ops`.
+#: A tensor of any supported framework, or a :class:`~.plain.Plain`. The mathematics only uses operators and an
+#: :class:`Ops`.
 Tensor = Any
 
 
-class Ops(Protocol):
-    """A framework's operations. Each is a module with these functions."""
+class SmallOps(Protocol):
+    """The operations on statistics, weights and memories. A module with these functions, as is ``ops/plain.py``."""
 
     def owns(self, tensor: object) -> bool: ...
 
-    # --- small operations ---
-
     def wide(self, x: Tensor) -> Tensor: ...
-
-    def floating(self, x: Tensor) -> Tensor:
-        """``x`` as real numbers that have fractions; whole numbers are converted."""
-        ...
 
     def like(self, values: Iterable[float], reference: Tensor) -> Tensor:
         """Constants, where ``reference`` is. They must not be changed in place."""
-        ...
-
-    def beside(self, x: Tensor, reference: Tensor) -> Tensor:
-        """``x`` on the device of ``reference``."""
         ...
 
     def zeros(self, shape: Sequence[int], reference: Tensor) -> Tensor: ...
@@ -80,8 +71,6 @@ class Ops(Protocol):
         """``x[..., index[..., k]]`` along the last axis."""
         ...
 
-    def diagonal(self, x: Tensor) -> Tensor: ...
-
     def stack(self, tensors: Sequence[Tensor]) -> Tensor: ...
 
     def add_n(self, tensors: Sequence[Tensor]) -> Tensor: ...
@@ -90,7 +79,29 @@ class Ops(Protocol):
         """Join flat tensors."""
         ...
 
+    def in_row(self, x: Tensor, row: int, rows: int) -> Tensor:
+        """``[..., rows, k]``: zeros, but for ``x``, ``[..., k]``, in one row."""
+        ...
+
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor: ...
+
+
+class Ops(SmallOps, Protocol):
+    """A framework's operations. A module with these functions for each framework."""
+
+    def floating(self, x: Tensor) -> Tensor:
+        """``x`` as real numbers that have fractions; whole numbers are converted."""
+        ...
+
+    def beside(self, x: Tensor, reference: Tensor) -> Tensor:
+        """``x`` on the device of ``reference``; a :class:`~.plain.Plain` becomes a tensor there."""
+        ...
+
+    def on_host(self, x: Tensor) -> bool:
+        """Whether reading the values of ``x`` waits for nothing."""
+        ...
+
+    def diagonal(self, x: Tensor) -> Tensor: ...
 
     # --- large operations ---
 
@@ -104,6 +115,10 @@ class Ops(Protocol):
 
     def placed(self, x: Tensor, row: int, rows: int, out: Tensor) -> Tensor:
         """A matrix of zeros with ``x`` in one row, flat."""
+        ...
+
+    def width(self, x: Tensor) -> int:
+        """The bytes of one element."""
         ...
 
     def is_half(self, x: Tensor) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 import tensorflow as tf
 
 from . import TURN
+from .plain import Plain
+from .protocol import Tensor
 
 # Elements handled at a time by the large operations: a block is read from memory once and then
 # used from cache, and block results are added in float64, so that sums over millions of elements
@@ -46,9 +48,14 @@ def like(values: Iterable[float], reference: tf.Tensor) -> tf.Tensor:
     return tf.constant([float(value) for value in values], tf.float64)
 
 
-def beside(x: tf.Tensor, reference: tf.Tensor) -> tf.Tensor:
+def beside(x: Tensor, reference: tf.Tensor) -> tf.Tensor:
     """``x``: TensorFlow moves it to the device of ``reference`` when both are used."""
-    return x
+    return tf.reshape(tf.constant(x.rows), x.shape) if isinstance(x, Plain) else x
+
+
+def on_host(x: tf.Tensor) -> bool:
+    """Whether reading the values of ``x`` waits for nothing: never, since a graph has none."""
+    return False
 
 
 def zeros(shape: Sequence[int], reference: tf.Tensor) -> tf.Tensor:
@@ -147,6 +154,11 @@ def concat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     return tf.concat(list(tensors), 0)
 
 
+def in_row(x: tf.Tensor, row: int, rows: int) -> tf.Tensor:
+    """``[..., rows, k]``: zeros, but for ``x``, ``[..., k]``, in one row."""
+    return tf.pad(x[..., None, :], [[0, 0]] * (x.shape.rank - 1) + [[row, rows - 1 - row], [0, 0]])
+
+
 def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
     return tf.reshape(x, tuple(shape))
 
@@ -164,6 +176,11 @@ def bound(function: Callable[[tf.Tensor], tf.Tensor], argument: tf.Tensor) -> Ca
 def gradient(x: tf.Tensor, half: bool = False) -> tf.Tensor:
     """``x`` in an element type that gradients have."""
     return tf.cast(x, tf.float16 if half else tf.float32)
+
+
+def width(x: tf.Tensor) -> int:
+    """The bytes of one element."""
+    return int(x.dtype.size)
 
 
 def is_half(x: tf.Tensor) -> bool:

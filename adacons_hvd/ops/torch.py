@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import TURN
+from .plain import Plain
+from .protocol import Tensor
 
 if TYPE_CHECKING:
     from . import torch_cuda
@@ -57,9 +59,18 @@ def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def beside(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """``x`` on the device of ``reference``."""
-    return x.to(reference.device)
+def beside(x: Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """``x`` on the device of ``reference``; a :class:`Plain` becomes a tensor there."""
+    if isinstance(x, Plain):
+        kind = torch.bool if isinstance(x.rows[0][0], bool) else torch.float64
+        return torch.tensor(x.rows, dtype=kind, device=reference.device).view(x.shape)
+    moved: torch.Tensor = x.to(reference.device)
+    return moved
+
+
+def on_host(x: torch.Tensor) -> bool:
+    """Whether reading the values of ``x`` waits for nothing."""
+    return x.device.type == "cpu"
 
 
 def zeros(shape: Sequence[int], reference: torch.Tensor) -> torch.Tensor:
@@ -157,6 +168,13 @@ def concat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(tensors))
 
 
+def in_row(x: torch.Tensor, row: int, rows: int) -> torch.Tensor:
+    """``[..., rows, k]``: zeros, but for ``x``, ``[..., k]``, in one row."""
+    result = x.new_zeros((*x.shape[:-1], rows, x.shape[-1]))
+    result[..., row, :] = x
+    return result
+
+
 def reshape(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return x.reshape(tuple(shape))
 
@@ -179,6 +197,11 @@ def placed(x: torch.Tensor, row: int, rows: int, out: torch.Tensor) -> torch.Ten
     out.zero_()
     out.view(rows, -1)[row] = x
     return out
+
+
+def width(x: torch.Tensor) -> int:
+    """The bytes of one element."""
+    return x.element_size()
 
 
 def is_half(x: torch.Tensor) -> bool:

@@ -74,6 +74,8 @@ class Transfer:
 
     #: The result of the first collective, once it is finished.
     arrived: Tensor = None
+    #: Whether the first collective is no sum, and so must not begin before it is known that all workers are here.
+    needs_all: bool = False
 
     def __init__(self, schedule: Schedule) -> None:
         self.collectives = schedule.collectives
@@ -127,6 +129,8 @@ class Bucket:
     name: str
     #: Whether every worker ends up with the statistics of all.
     complete: bool
+    #: Whether it must not begin before it is known that all workers are here.
+    needs_all: bool = False
     begun: bool = False
     #: The aggregator's memory of earlier steps, and the factor that gradients had to be multiplied by
     #: to undo a loss scale: in this step, or in the last if this one begins during backward.
@@ -188,9 +192,11 @@ class DenseBucket(Bucket):
     def __post_init__(self) -> None:
         ops = ops_for(self.buffer)
         (self.length,) = ops.shape(self.buffer)
+        self.bytes = self.length * ops.width(self.buffer)
         self.half = ops.is_half(self.buffer)
         self.complete = self.schedule.complete
         self._transfer = self.schedule.transfer(self)
+        self.needs_all = self._transfer.needs_all
 
     @property
     def reference(self) -> Tensor:
@@ -199,7 +205,7 @@ class DenseBucket(Bucket):
     def remembered(self, name: str) -> Tensor:
         """``[groups, 1]`` of the memory; zeros before the first step."""
         if name in self.memory:
-            return self.memory[name]
+            return ops_for(self.buffer).beside(self.memory[name], self.buffer)
         groups = 1 + max(segment.group for segment in self.segments)
         return ops_for(self.buffer).zeros((groups, 1), self.buffer)
 

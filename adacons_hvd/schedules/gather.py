@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 __all__ = ["Gather"]
 
 
-class Gather(Schedule):
-    """Everything to everyone: a single round trip, for gradients of a few thousand elements.
+#: Up to how many bytes, all workers' together, a sum is worth its longer messages.
+_SUMMED = 1 << 20
 
-    A sum, of matrices in which each worker has filled its own row: it moves more bytes than an
-    allgather, of which there are few, but may be on its way before it is known whether a worker
-    has left, when Horovod can do nothing else. So bindings let it travel with what they tell each
-    other before a step.
+
+class Gather(Schedule):
+    """Everything to everyone: a single round trip, for gradients of a few thousand elements or of two workers.
+
+    An allgather. Little is summed instead, as matrices in which each worker has filled its own row: that moves more
+    bytes, but may be on its way before it is known whether a worker has left, when Horovod can do nothing else. So
+    bindings let it travel with what they tell each other before a step.
 
     It does not overlap with backward. A bucket that changed after it had begun could not be taken
     back without a second round trip, and saving that one is all this schedule is for.
@@ -32,20 +35,27 @@ class Gather(Schedule):
     overlaps = False
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
-        return _GatherTransfer(self)
+        summed = self.collectives.may_begin_with_sums and _is_little(bucket.bytes, self.collectives.size)
+        return _SummedTransfer(self) if summed else _GatherTransfer(self)
 
     @classmethod
     def cost(cls, rates: Rates, size: float, bucket: float) -> float:
         n = rates.workers
-        return rates.allreduce.sent(size, bucket, n) + (rates.look + rates.combine) * n * size
+        summed, gathered = rates.allreduce.sent(size, bucket, n), rates.allgather.sent(size, bucket, n)
+        moved = min(summed, gathered) if _is_little(size, n) else gathered
+        return moved + (rates.look + rates.combine) * n * size
+
+
+def _is_little(size: float, workers: int) -> bool:
+    return size * workers <= _SUMMED
 
 
 class _GatherTransfer(Transfer):
+    needs_all = True
+
     def begin(self, bucket: DenseBucket) -> Pending:
-        workers = self.collectives.size
-        scratch = self.scratch(bucket, "rows", bucket.length * workers)
-        rows = ops_for(bucket.buffer).placed(bucket.buffer, self.collectives.rank, workers, out=scratch)
-        return self.collectives.allreduce(rows, f"{bucket.name}.rows", out=rows)
+        scratch = self.scratch(bucket, "rows", bucket.length * self.collectives.size)
+        return self.collectives.allgather(bucket.buffer, f"{bucket.name}.rows", out=scratch)
 
     def shares(self, bucket: DenseBucket, gramian: bool) -> Iterator[Share]:
         ops = ops_for(self.arrived)
@@ -59,3 +69,13 @@ class _GatherTransfer(Transfer):
         rows = ops.reshape(self.arrived, (self.collectives.size, -1))
         pieces = [(start, stop, weights[group]) for start, stop, group in bucket.segments]
         return Done(ops.combine_segments(rows, pieces, out=bucket.buffer))
+
+
+class _SummedTransfer(_GatherTransfer):
+    needs_all = False
+
+    def begin(self, bucket: DenseBucket) -> Pending:
+        workers = self.collectives.size
+        scratch = self.scratch(bucket, "rows", bucket.length * workers)
+        rows = ops_for(bucket.buffer).placed(bucket.buffer, self.collectives.rank, workers, out=scratch)
+        return self.collectives.allreduce(rows, f"{bucket.name}.rows", out=rows)

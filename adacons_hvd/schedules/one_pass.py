@@ -35,6 +35,8 @@ class OnePass(Schedule):
 
 
 class _OnePassTransfer(Transfer):
+    needs_all = True
+
     def begin(self, bucket: DenseBucket) -> Pending:
         scratch = self.scratch(bucket, "shards", bucket.length)
         return self.collectives.alltoall(bucket.buffer, f"{bucket.name}.shards", out=scratch)

@@ -27,6 +27,7 @@ class SparseBucket(Bucket):
     collectives: Collectives
     owners: Tensor = None
     complete: bool = True
+    needs_all: bool = True
     memory: Memory = field(default_factory=dict)
     unscale: Tensor | float = 1.0
     _pending: tuple[Pending, Pending] | None = None

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from ..aggregators import Aggregator, Decision, Memory, Statistics
 from ..collectives import Collectives
-from ..ops import Tensor, ops_for
+from ..ops import Plain, Tensor, as_plain, ops_for
 from .base import Bucket, Share
 
 __all__ = ["Step"]
+
+#: Up to how many weights Python's own numbers are faster than tensors.
+FEW = 512
 
 
 @dataclass
@@ -56,16 +59,28 @@ class Step:
             if not bucket.begun:
                 bucket.memory, bucket.unscale = memory, unscale
                 bucket.begin()
-        statistics = self._statistics(buckets, takes_part).scaled(unscale)
+        reference = buckets[0].reference
+        plain = self._is_plain(reference)
+        statistics = self._statistics(buckets, takes_part, plain)
+        if not (isinstance(unscale, float) and unscale == 1.0):
+            statistics = statistics.scaled(as_plain(unscale) if plain and not isinstance(unscale, float) else unscale)
         if self.aggregator.nonfinite == "raise":
             self._refuse_nonfinite(statistics)
+        if plain:
+            memory = {name: as_plain(value) for name, value in memory.items()}
         decision = self.aggregator.decide(statistics, memory)
+        weights = ops_for(reference).beside(decision.weights, reference)
         for bucket in buckets:
-            bucket.combine(decision.weights)
+            bucket.combine(weights)
         for bucket in buckets:
             bucket.finish()
             bucket.memory, bucket.unscale = decision.memory, unscale
         return decision, statistics
+
+    def _is_plain(self, reference: Tensor) -> bool:
+        """Whether statistics are to be read, and weights computed on Python's numbers; alike on all workers."""
+        few = self.groups * self.collectives.size <= FEW
+        return few and self.aggregator.is_portable and ops_for(reference).on_host(reference)
 
     def _take_part(self, buckets: Sequence[Bucket], here: bool | None) -> Tensor | None:
         """Whether this worker does; None if all workers surely do."""
@@ -81,39 +96,41 @@ class Step:
             bucket.blank_unless(finite)
         return finite
 
-    def _statistics(self, buckets: Sequence[Bucket], takes_part: Tensor | None) -> Statistics:
+    def _statistics(self, buckets: Sequence[Bucket], takes_part: Tensor | None, plain: bool) -> Statistics:
         gramian = self.aggregator.needs_gramian
-        workers = self.collectives.size
+        workers, rank = self.collectives.size, self.collectives.rank
         width = workers if gramian else 2
         reference = buckets[0].reference
-        ops = ops_for(reference)
         shares = [(share, bucket) for bucket in buckets for share in bucket.shares(gramian)]
 
+        def read(tensor: Tensor) -> Tensor:
+            return as_plain(tensor) if plain else tensor
+
+        like = Plain([[0.0]], (1,)) if plain else reference
+        ops = ops_for(like)
         if takes_part is None and all(bucket.complete for bucket in buckets):
-            table = self._by_group([share for share, _ in shares], (workers, width), reference)
+            tables = [Share(share.group, read(share.table)) for share, _ in shares]
+            table = self._by_group(tables, (workers, width), like)
             return Statistics.read(table, ops.booleans((self.groups, workers), True, table), gramian)
 
         # What every worker knows in full must be counted once: each gives its own row of it.
-        rank = self.collectives.rank
-        known = [Share(s.group, s.table[rank]) if b.complete else s for s, b in shares]
+        known = [Share(s.group, read(s.table[rank] if b.complete else s.table)) for s, b in shares]
         rows = [share for share in known if len(ops.shape(share.table)) == 1]
         parts = [share for share in known if len(ops.shape(share.table)) == 2]
-        is_self = ops.like([float(worker == rank) for worker in range(workers)], reference) == 1
-        row = self._by_group(rows, (1, width), reference)
-        table = ops.where(is_self[:, None], row, ops.zeros_like(row))
+        table = ops.in_row(self._by_group(rows, (width,), like), rank, workers)
         if parts:
-            table = table + self._by_group(parts, (workers, width), reference)
-        here = ops.zeros((1,), reference) + (1 if takes_part is None else ops.wide(takes_part))
-        here = ops.where(is_self, here, ops.zeros_like(here))
+            table = table + self._by_group(parts, (workers, width), like)
+        here = ops.zeros((1,), like) + (1 if takes_part is None else ops.wide(read(takes_part)))
 
         # A worker that has left with hvd.join() adds zeros to this sum, so it is seen as absent.
-        message = ops.concat([ops.reshape(table, (-1,)), here])
+        message = ops.concat([ops.reshape(table, (-1,)), ops.reshape(ops.in_row(here, rank, workers), (-1,))])
+        message = ops_for(reference).beside(message, reference)
         message = self.collectives.allreduce(message, f"{self.name}.table", out=message).wait()
-        table = ops.reshape(message[:-workers], (self.groups, workers, width))
-        present = ops.zeros((self.groups, workers), table) + message[-workers:] > 0
+        table = ops.reshape(read(message[:-workers]), (self.groups, workers, width))
+        present = ops.zeros((self.groups, workers), table) + read(message[-workers:]) > 0
         return Statistics.read(table, present, gramian)
 
-    def _by_group(self, shares: Sequence[Share], shape: tuple[int, int], like: Tensor) -> Tensor:
+    def _by_group(self, shares: Sequence[Share], shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Add up shares: ``[groups, *shape]``."""
         ops = ops_for(like)
         tables: list[list[Tensor]] = [[] for _ in range(self.groups)]

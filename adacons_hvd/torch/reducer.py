@@ -19,8 +19,8 @@ would crash the rank which has left. So one more small sum, of who is here, star
 and packings that are full wait for its result. It takes no time from backward.
 
 Packings that were not full by then leave together with the flags, whose round trip so costs nothing.
-Those of a schedule that sends nothing during backward (``gather``) do, too: its first collective is
-a sum, which may leave whoever is here.
+Those of a schedule that sends nothing during backward (``gather``) do, too; and without asking where
+its first collective is a sum, which may leave whoever is here.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class Reducer:
     #: Whether packings may leave during backward, and whether that takes a count of ranks.
     _overlaps: bool
     _counts_ranks: bool
-    #: Whether packings leave together with the flags.
+    #: Whether packings leave together with the flags, at once or if all ranks are known to be here.
     _begins_with_flags: bool
+    _begins_if_all_here: bool
     #: While some rank is away: the packings for when none is, by which it will begin once it is back.
     _packings_for_all: list[Packing]
     #: Whether to lay out anew though the parameters have not changed.
@@ -210,7 +211,7 @@ class Reducer:
         all_are_here = self._all_are_here(wait=True)
         self._rank_count = None
         current = self._layout_is_current()
-        if current and (self._begins_with_flags or (self._overlaps and all_are_here)):
+        if current and (self._begins_with_flags or (self._begins_if_all_here and all_are_here)):
             self._send(self._packings)
         slots = list(self._slots.values()) if current else self._draft()
         digest = self._digest if current else agreement.digest(self._description(slots))
@@ -326,6 +327,7 @@ class Reducer:
         self._current = False
         self._overlaps = False
         self._begins_with_flags = False
+        self._begins_if_all_here = False
         self._packings_for_all = []
         self._stale = False
         self._full = []
@@ -365,15 +367,17 @@ class Reducer:
         )
         self._step = Step(self._collectives, self._aggregator, self._groups, self.name)
         self._overlaps = self.settings.overlap and schedule.overlaps and self._step.may_begin_early
-        sparse = any(slot.sparse for slot in slots)
-        only_sums = schedule.only_sums and not sparse
-        self._begins_with_flags = not (schedule.overlaps or sparse or joined) and self._step.may_begin_early
+        needs_all = any(packing.bucket.needs_all for packing in self._packings)
+        # What does not overlap leaves at the start of synchronize, with the flags.
+        together = not (schedule.overlaps or joined) and self._step.may_begin_early
+        self._begins_with_flags = together and not needs_all
         if not joined:
-            self._counts_ranks = self._overlaps and not only_sums
+            self._counts_ranks = (self._overlaps or together) and needs_all
+            self._begins_if_all_here = self._overlaps or (together and needs_all)
         else:
             # A rank that has left and comes back still has the layout for all, or none. So those
             # that went on without it keep asking as they did, and send nothing early unasked.
-            self._overlaps = self._overlaps and self._counts_ranks
+            self._overlaps = self._begins_if_all_here = self._overlaps and self._counts_ranks
         self._digest, self._joined, self._stale = digest, joined, False
         if self._packings:
             reference = self._packings[0].bucket.reference

@@ -51,6 +51,14 @@ def errors_of(
 
 
 @pytest.mark.ranks(2, 3, launcher=("mpi", "gloo"))
+def test_gather_is_exact_for_many_elements_and_for_few(cluster):
+    # Those are gathered, and sums of the others leave before it is known who is here.
+    for granularity in ("model", "layer"):
+        for errors in cluster.run(errors_of, "gather", granularity=granularity):
+            assert max(errors) < 1e-6
+
+
+@pytest.mark.ranks(2, 3, launcher=("mpi", "gloo"))
 def test_half_precision_in_the_first_pass_costs_the_weights_little(cluster):
     for granularity in ("model", "layer"):
         for errors in cluster.run(errors_of, "half", granularity=granularity):
