@@ -137,7 +137,8 @@ class Reducer:
             Parameter(id(p), name, str(p.dtype), p.shape, self._group_of[id(p)]) for p, name in self._names.items()
         ]
         kind = arithmetic(self._collectives.device)
-        return describe(self.settings, parameters, arithmetic=kind, compared=self._replicas.names)
+        more = {"arithmetic": kind, "compared parameters": self._replicas.names}
+        return describe(self.settings, parameters, **more)
 
     # --- during backward ------------------------------------------------------------------------
 

@@ -131,7 +131,7 @@ def share_memory(
         )
     ops, leads = ops_for(reference), leader == collectives.rank
     # Python writes a float so that reading it gives the same bits.
-    mine = {name: [ops.shape(value), list(_numbers(ops.to_list(value)))] for name, value in state.memory.items()}
+    mine = {name: [ops.shape(value), list(_numbers(ops.to_list(value)))] for name, value in state.tensors().items()}
     sent = collectives.allgather_bytes(json.dumps([state.workers, mine]).encode() if leads else b"", f"{name}.memory")
     if not leads:
         workers, theirs = json.loads(sent[leader])

@@ -183,7 +183,7 @@ def test_states_of_other_configurations_are_taken_up_as_far_as_they_go(cluster):
             second.load(first.state())
             second.steps(3)
             second.end()
-            assert all(torch.isfinite(v).all() for v in second.optimizer._reducer.state.memory.values())
+            assert all(torch.isfinite(v).all() for v in second.optimizer._reducer.state.tensors().values())
             ends.append(second.optimizer.report.steps)
         layers, model = Training(granularity="layer"), Training()
         layers.steps(3)

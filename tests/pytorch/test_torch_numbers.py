@@ -145,7 +145,7 @@ def test_extreme_gradients(cluster):
             assert np.linalg.norm(found - expected) <= allowed, f"step {step}"
             assert_equal_bits([weight.grad, weight])
             fell_back.append(optimizer.report.fell_back[0])
-            assert all(torch.isfinite(v).all() for v in optimizer._reducer.state.memory.values())
+            assert all(torch.isfinite(v).all() for v in optimizer._reducer.state.tensors().values())
         return fell_back
 
     for kind, averaged in AVERAGED.items():
@@ -188,7 +188,7 @@ def test_loss_scaling_rides_out_what_never_ends(cluster):
                 scaler.step(optimizer)
             scaler.update()
             moved.append(any((b != p).any().item() for b, p in zip(before, model.parameters(), strict=True)))
-            curves.append(optimizer._reducer.state.memory["curve"].clone())
+            curves.append(optimizer._reducer.state.tensors()["curve"].clone())
         assert all(torch.equal(curves[2], curves[step]) for step in range(3, 7))
         assert not torch.equal(curves[2], curves[7])
         assert_equal_bits(list(model.parameters()))

@@ -363,7 +363,8 @@ def test_broadcast_parameters_and_optimizer_state(cluster, name, started):
             loss_of(model, batches).backward()
             optimizer.step()
             optimizer.zero_grad()
-            optimizer._reducer.state.memory["curve"] += hvd.rank()
+            state = optimizer._reducer.state
+            state.load_state_dict({**state.state_dict(), "curve": state.tensors()["curve"] + hvd.rank()})
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         hvd.broadcast_optimizer_state(optimizer, root_rank=0)
         for _ in range(3):
@@ -371,7 +372,7 @@ def test_broadcast_parameters_and_optimizer_state(cluster, name, started):
             loss_of(model, batches).backward()
             optimizer.step()
         assert_equal_bits(list(model.parameters()))
-        assert_equal_bits([optimizer._reducer.state.memory["curve"]])
+        assert_equal_bits([optimizer._reducer.state.tensors()["curve"]])
         return optimizer.param_groups[0]["lr"], optimizer.report.steps
 
     assert cluster.run(case) == [(0.1, 4 if started else 3)] * 2
@@ -501,7 +502,7 @@ class TestDisagreement:
 
             import adacons_hvd.torch as hvd
             from adacons_hvd import AdaCons
-            from adacons_hvd.torch import reducer
+            from adacons_hvd.engine import session
 
             hvd.init()
             odd = hvd.rank() == 1
@@ -515,9 +516,9 @@ class TestDisagreement:
                 named.reverse()
             if odd and difference == "count":
                 named.pop()
-            version = reducer.__version__
+            version = session.__version__
             if odd and difference == "version":
-                reducer.__version__ = "0.0.0"
+                session.__version__ = "0.0.0"
             try:
                 optimizer = hvd.DistributedOptimizer(
                     torch.optim.SGD([p for _, p in named], lr=0.1), named, aggregator=AdaCons()
@@ -525,7 +526,7 @@ class TestDisagreement:
                 sum(p.sum() for _, p in named).backward()
                 return disagreement_of(optimizer)
             finally:
-                reducer.__version__ = version
+                session.__version__ = version
 
         for difference, text in cases.items():
             messages = cluster.run(case, difference)
