@@ -42,8 +42,8 @@ class Devices(TorchDispatchMode):
 class Apart:
     """The messages of some workers that never arrive anywhere: each result has the shape it would have."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.rank = size, size - 1
+    def __init__(self, size: int, may_begin_with_sums: bool) -> None:
+        self.size, self.rank, self.may_begin_with_sums = size, size - 1, may_begin_with_sums
 
     def allreduce(
         self, tensor: Any, name: str, *, prescale: float = 1.0, postscale: float = 1.0, out: Any = None
@@ -60,8 +60,9 @@ class Apart:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_step_brings_numbers_to_the_host_or_from_there(schedule, dtype):
-    for workers, aggregator in ((4, AdaCons()), (32, AdaCons(nonfinite="exclude"))):
-        collectives: Any = Apart(workers)
+    jobs = ((4, True, AdaCons()), (4, False, AdaCons()), (32, False, AdaCons(nonfinite="exclude")))
+    for workers, may_begin_with_sums, aggregator in jobs:
+        collectives: Any = Apart(workers, may_begin_with_sums)
         buffer = torch.zeros(1280, dtype=dtype, device="meta")
         segments = [Segment(0, 600, 0), Segment(600, 1280, 1)]
         bucket = DenseBucket("bucket", buffer, segments, SCHEDULES[schedule](collectives))
