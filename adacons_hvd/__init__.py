@@ -10,8 +10,17 @@ DistributedDataParallel.
 tensor([0.8889, 0.1111])
 """
 
-from .aggregators import AdaCons, Aggregator, Decision, Mean, Statistics
+from .aggregators import AdaCons, Aggregator, Curvature, Decision, Mean, NormalizedMean, Statistics
 
-__all__ = ["AdaCons", "Aggregator", "Decision", "Mean", "Statistics", "__version__"]
+__all__ = [
+    "AdaCons",
+    "Aggregator",
+    "Curvature",
+    "Decision",
+    "Mean",
+    "NormalizedMean",
+    "Statistics",
+    "__version__",
+]
 
 __version__ = "0.1.0.dev0"

@@ -1,7 +1,7 @@
-"""The method written out plainly in float64, for one group: what the package is judged by.
+"""The methods written out plainly in float64, for one group: what the package is judged by.
 
-It follows the equations one worker at a time, with lists and loops where that is clearest, and
-imports nothing of the package.
+They follow the equations one worker at a time, with lists and loops where that is clearest, and
+import nothing of the package.
 """
 
 from __future__ import annotations
@@ -55,12 +55,56 @@ class Oracle:
         return result
 
 
+class CurvatureOracle:
+    """The curvature rule, from the gradients of all workers and of all steps so far: a d x d matrix and its solve."""
+
+    def __init__(self, memory: int = 8, damping: float = 1.0, workers: bool = True, length: str = "unit") -> None:
+        self.memory = memory
+        self.damping = damping
+        self.workers = workers
+        self.length = length
+        self.means: list[Vector] = []
+
+    def __call__(self, gradients: Sequence[Vector]) -> Vector:
+        rows = np.stack([np.asarray(g, dtype=np.float64) for g in gradients])
+        count, size = rows.shape
+        mean = rows.mean(0)
+        if not rows.any():
+            return mean
+        spread = float(np.mean(np.sum(rows * rows, axis=1)))
+        matrix = self.damping * spread / count * np.eye(size)
+        if self.workers:
+            matrix += rows.T @ rows / count
+        kept = self.means[-self.memory :] if self.memory else []
+        for past in kept:
+            matrix += np.outer(past, past) / len(kept)
+        self.means.append(mean)
+        step = np.linalg.solve(matrix, mean)
+        step /= np.linalg.norm(step)
+        if self.length != "unit":
+            step *= np.linalg.norm(mean)
+        return step / np.sqrt(spread) if self.length == "agreement" else step
+
+
+class NormalizedMeanOracle:
+    """The mean at length one, or at its length relative to the workers' root mean square."""
+
+    def __init__(self, length: str = "unit") -> None:
+        self.length = length
+
+    def __call__(self, gradients: Sequence[Vector]) -> Vector:
+        rows = np.stack([np.asarray(g, dtype=np.float64) for g in gradients])
+        mean = rows.mean(0)
+        spread = np.sqrt(np.mean(np.sum(rows * rows, axis=1)))
+        return mean / (np.linalg.norm(mean) if self.length == "unit" else spread)
+
+
 class Grouped:
     """One oracle per group of parameters. ``groups`` lists the parameters' numbers."""
 
-    def __init__(self, groups: Sequence[Sequence[int]], **settings: Any) -> None:
+    def __init__(self, groups: Sequence[Sequence[int]], oracle: Any = Oracle, **settings: Any) -> None:
         self.groups = groups
-        self.oracles = [Oracle(**settings) for _ in groups]
+        self.oracles = [oracle(**settings) for _ in groups]
 
     def __call__(self, gradients: Sequence[Sequence[Vector]]) -> list[Vector]:
         """``gradients[worker][parameter]`` in, one aggregated array per parameter out."""

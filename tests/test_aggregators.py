@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import Oracle, error
+from oracle import CurvatureOracle, NormalizedMeanOracle, Oracle, error
 
-from adacons_hvd import AdaCons, Aggregator, Mean, Statistics
+from adacons_hvd import AdaCons, Aggregator, Curvature, Mean, NormalizedMean, Statistics
 from adacons_hvd.aggregators.adacons import CANCELLATION, resample
 
 ABLATION = {
@@ -21,7 +21,18 @@ ABLATION = {
     "both": {},
 }
 VARIANTS = [{**row, "scale": scale} for row in ABLATION.values() for scale in ("unit", "average")]
-AGGREGATORS = [Mean(), *(AdaCons(**variant) for variant in VARIANTS)]
+LENGTHS = ("unit", "agreement", "average")
+CURVATURES = [
+    *({"memory": memory, "workers": True} for memory in (0, 1, 4, 8)),
+    *({"memory": memory, "workers": False} for memory in (1, 4, 8)),
+]
+AGGREGATORS = [
+    Mean(),
+    *(AdaCons(**variant) for variant in VARIANTS),
+    *(NormalizedMean(length=length) for length in LENGTHS[:2]),
+    *(Curvature(memory=2, length=length) for length in LENGTHS),
+    Curvature(memory=2, workers=False),
+]
 
 
 def fresh(aggregator: Aggregator) -> Aggregator:
@@ -52,6 +63,38 @@ def test_twenty_steps_equal_the_oracle(variant, workers):
         g = gradients(step, workers)
         expected = judge(list(g.numpy()))
         assert error([aggregator(g).numpy()], [expected]) < 1e-12
+
+
+@pytest.mark.parametrize("variant", CURVATURES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_curvature_equals_the_oracle_over_thirty_steps(variant, length, workers):
+    settings = {**variant, "length": length, "damping": 0.7}
+    aggregator, judge = Curvature(**settings), CurvatureOracle(**settings)
+    for step in range(30):
+        g = gradients(step, workers) * (1 + step % 3)
+        assert error([aggregator(g).numpy()], [judge(list(g.numpy()))]) < 1e-12
+    assert aggregator._memory["fallbacks"] == 0
+
+
+@pytest.mark.parametrize("variant", CURVATURES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_curvature_of_narrow_gradients_is_computed_in_wide_arithmetic(variant, dtype):
+    aggregator, judge = Curvature(**variant), CurvatureOracle(**variant)
+    tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for step in range(12):
+        g = gradients(step, length=300).to(dtype)
+        found = aggregator(g)
+        assert found.dtype == dtype
+        assert error([found.double().numpy()], [judge(list(g.double().numpy()))]) < tolerance
+
+
+@pytest.mark.parametrize("length", ["unit", "agreement"])
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_the_normalized_mean_equals_the_oracle(length, workers):
+    g = gradients(workers, workers)
+    found = NormalizedMean(length=length)(g)
+    assert error([found.numpy()], [NormalizedMeanOracle(length)(list(g.numpy()))]) < 1e-14
 
 
 def test_the_mean_is_the_mean():
@@ -146,7 +189,11 @@ def test_scaling_all_gradients_scales_as_documented(g, factor, index):
     decision, _ = fresh(aggregator).explain(g)
     assume(not decision.fallback.any())
     base, scaled = fresh(aggregator)(g), fresh(aggregator)(g * factor)
-    is_direction = isinstance(aggregator, AdaCons) and aggregator.normalize and aggregator.scale == "unit"
+    is_direction = (
+        aggregator.normalize and aggregator.scale == "unit"
+        if isinstance(aggregator, AdaCons)
+        else getattr(aggregator, "length", "average") != "average"
+    )
     expected = base if is_direction else base * factor
     assert torch.allclose(scaled, expected, rtol=1e-6, atol=0)
 
@@ -164,9 +211,10 @@ def test_equal_gradients_give_the_average(g, workers, steps, index):
     assume(one.norm() > 1e-6)
     for _ in range(steps):
         found = aggregator_result = fresh(aggregator)(one.expand(workers, -1).clone())
-    if isinstance(aggregator, Mean) or aggregator.scale == "average":
+    wanted = getattr(aggregator, "length", getattr(aggregator, "scale", "average"))
+    if wanted == "average":
         expected = one
-    elif aggregator.normalize:
+    elif wanted == "agreement" or getattr(aggregator, "normalize", True):
         expected = one / one.norm()  # the direction alone
     else:
         expected = one * workers  # Eq. 8 as printed: a sum
@@ -314,6 +362,110 @@ def test_the_momentum_stays_finite_whatever_comes():
         assert torch.isfinite(aggregator._memory["curve"]).all()
 
 
+# --- the mean gradients of earlier steps ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [True, False])
+def test_steps_without_a_usable_gradient_are_not_kept(workers):
+    """The oracle never sees them."""
+    aggregator, judge = Curvature(3, workers=workers), CurvatureOracle(3, workers=workers)
+    for step in range(12):
+        if step % 3 == 1:
+            bad = gradients(step)
+            bad[2, 1] = math.nan
+            assert aggregator.explain(bad)[0].fallback.all()
+        if step % 3 == 2:
+            assert torch.equal(aggregator(torch.zeros(5, 12, dtype=torch.float64)), torch.zeros(12))
+        g = gradients(step)
+        assert error([aggregator(g).numpy()], [judge(list(g.numpy()))]) < 1e-12
+    assert aggregator._memory["kept"] == 12
+    assert aggregator._memory["fallbacks"] == 8
+
+
+@pytest.mark.parametrize("workers", [True, False])
+def test_an_excluded_worker_is_as_if_it_were_not_there_in_the_past_as_well(workers):
+    aggregator, judge = Curvature(4, workers=workers, nonfinite="exclude"), CurvatureOracle(4, workers=workers)
+    for step in range(10):
+        g = gradients(step)
+        rest = [row.numpy().copy() for k, row in enumerate(g) if step % 2 or k != step % 5]
+        if step % 2 == 0:
+            g[step % 5, 3] = math.inf
+        assert error([aggregator(g).numpy()], [judge(rest)]) < 1e-12
+
+
+def test_another_number_of_workers_keeps_the_past():
+    aggregator, judge = Curvature(4), CurvatureOracle(4)
+    for step, workers in enumerate([5, 5, 3, 8, 1, 2]):
+        g = gradients(step, workers)
+        assert error([aggregator(g).numpy()], [judge(list(g.numpy()))]) < 1e-12
+
+
+def test_other_parameters_empty_the_past():
+    aggregator, judge = Curvature(4), CurvatureOracle(4)
+    for step in range(3):
+        aggregator(gradients(step))
+    g = gradients(0, length=7)
+    assert error([aggregator(g).numpy()], [judge(list(g.numpy()))]) < 1e-12
+
+
+@pytest.mark.parametrize("workers", [True, False])
+def test_gradients_that_collapse_give_the_average_until_the_past_is_as_small(workers):
+    """The system is then made of rounding, and what it gives would be, too."""
+    aggregator = Curvature(2, workers=workers)
+    for step in range(3):
+        aggregator(gradients(step))
+    fallbacks = []
+    for step in range(4):
+        g = gradients(step) * 1e-6
+        decision, _ = aggregator.explain(g)
+        fallbacks.append(decision.fallback.item())
+        if fallbacks[-1]:
+            assert torch.allclose(decision.weights, torch.full((5,), 0.2, dtype=torch.float64))
+            assert not decision.past_weights.any()
+    assert fallbacks == [True, True, False, False]
+
+
+def test_the_past_goes_on_where_it_was_saved(tmp_path):
+    settings = {"memory": 3, "damping": 0.5}
+    aggregator = Curvature(**settings)
+    for step in range(5):
+        aggregator(gradients(step))
+    torch.save(aggregator.state_dict(), tmp_path / "state.pt")
+    other = Curvature(**settings)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for step in range(5, 9):
+        assert torch.equal(other(gradients(step)), aggregator(gradients(step)))
+
+
+@pytest.mark.parametrize("length", ["unit", "agreement"])
+def test_a_mean_that_cancels_is_left_as_it_is(length):
+    g = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
+    decision, rows = NormalizedMean(length=length).explain(g)
+    assert decision.fallback.all()
+    assert torch.equal(decision.weights.float() @ rows, torch.zeros(2))
+
+
+class TrimmedMean(Aggregator):
+    """The mean of what is left of every element's values without the least and the greatest."""
+
+    def combine(self, rows, present):
+        kept = rows[present].sort(0).values[1:-1]
+        return kept.mean(0)
+
+
+def test_an_aggregator_that_works_element_by_element():
+    g = gradients(0, 6).float()
+    aggregator = TrimmedMean()
+    assert aggregator.needs == "every worker's gradient element by element"
+    assert torch.allclose(aggregator(g), g.sort(0).values[1:-1].mean(0))
+    g[2, 3] = math.nan
+    assert torch.allclose(aggregator(g), g.mean(0), equal_nan=True)
+    excluding = TrimmedMean()
+    excluding.nonfinite = "exclude"
+    rest = g[[0, 1, 3, 4, 5]]
+    assert torch.allclose(excluding(g), rest.sort(0).values[1:-1].mean(0))
+
+
 # --- memory and settings ------------------------------------------------------------------------
 
 
@@ -367,6 +519,8 @@ def test_repr_and_equality():
     assert AdaCons() != AdaCons(momentum=0.9)
     assert AdaCons() != Mean()
     assert len({AdaCons(), AdaCons(), Mean()}) == 2
+    for each in (NormalizedMean(length="agreement"), Curvature(memory=3, damping=0.5, workers=False)):
+        assert eval(repr(each)) == each
 
 
 @pytest.mark.parametrize(
@@ -382,6 +536,31 @@ def test_repr_and_equality():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         AdaCons(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory": -1}, "memory must be a whole number of steps, or 0, got -1"),
+        ({"memory": 1.5}, "memory must be a whole number of steps, or 0, got 1.5"),
+        ({"damping": 0}, "damping must be a positive number, got 0"),
+        ({"damping": math.nan}, "damping must be a positive number, got nan"),
+        ({"workers": 3}, "workers must be True or False, got 3"),
+        ({"workers": False, "memory": 0}, "leave nothing to make a matrix of"),
+        ({"length": "long"}, "length must be one of unit, agreement, average, got 'long'"),
+        ({"nonfinite": "hide"}, "nonfinite must be one of propagate, exclude, raise, got 'hide'"),
+    ],
+)
+def test_wrong_arguments_of_curvature_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Curvature(**arguments)
+
+
+def test_what_an_aggregator_needs_beyond_dots_and_squares():
+    assert AdaCons().needs == NormalizedMean().needs == ""
+    assert Curvature(0).needs == "the Gramian of all gradients"
+    assert Curvature(workers=False).needs == "the mean gradients of earlier steps"
+    assert Curvature().needs == "the Gramian of all gradients and the mean gradients of earlier steps"
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])

@@ -18,6 +18,19 @@ tensor([0.7500, 0.7500])
 from .adacons import AdaCons
 from .base import Aggregator, Decision, Statistics
 from .checkpoint import Memory, pack_memory, unpack_memory
+from .curvature import Curvature
 from .mean import Mean
+from .normalized_mean import NormalizedMean
 
-__all__ = ["AdaCons", "Aggregator", "Decision", "Mean", "Memory", "Statistics", "pack_memory", "unpack_memory"]
+__all__ = [
+    "AdaCons",
+    "Aggregator",
+    "Curvature",
+    "Decision",
+    "Mean",
+    "Memory",
+    "NormalizedMean",
+    "Statistics",
+    "pack_memory",
+    "unpack_memory",
+]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..ops import Tensor, ops_for
-from .base import NONFINITE_POLICIES, Aggregator, Statistics, count_present, one_of
+from ..ops import Tensor
+from .base import NONFINITE_POLICIES, Aggregator, Statistics, average_weights, one_of
 
 __all__ = ["Mean"]
 
@@ -22,5 +22,4 @@ class Mean(Aggregator):
         self.nonfinite = one_of("nonfinite", nonfinite, NONFINITE_POLICIES)
 
     def weights(self, statistics: Statistics) -> Tensor:
-        ops = ops_for(statistics.squares)
-        return ops.wide(statistics.present) / count_present(statistics.present)
+        return average_weights(statistics.present)

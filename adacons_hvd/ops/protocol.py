@@ -103,6 +103,21 @@ class Ops(SmallOps, Protocol):
 
     def diagonal(self, x: Tensor) -> Tensor: ...
 
+    def join(self, tensors: Sequence[Tensor], axis: int) -> Tensor:
+        """Join tensors along an axis that is there."""
+        ...
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """``x`` with its last two axes exchanged."""
+        ...
+
+    def solve(self, matrix: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
+        """The solution w of ``(matrix + ridge * I) w = right``, for ``[..., n, n]``, ``[..., n]`` and ``[..., 1]``.
+
+        By Cholesky's method: the matrix in brackets must be positive definite.
+        """
+        ...
+
     # --- large operations ---
 
     def bound(self, function: Callable[[Tensor], Tensor], argument: Tensor) -> Callable[[], Tensor]:
@@ -153,8 +168,43 @@ class Ops(SmallOps, Protocol):
         """``weights @ rows``, reading ``rows`` once, into ``out`` if given."""
         ...
 
-    def combine_segments(self, rows: Tensor, pieces: Sequence[tuple[int, int, Tensor]], out: Tensor | None) -> Tensor:
-        """:func:`combine` with other weights for each ``(start, stop, weights)``; the rest is unset."""
+    def combine_segments(
+        self,
+        rows: Tensor,
+        pieces: Sequence[tuple[int, int, Tensor]],
+        out: Tensor | None,
+        past: Tensor | None = None,
+    ) -> Tensor:
+        """:func:`combine` with other weights for each ``(start, stop, weights)``; the rest is unset.
+
+        Where there is a ``past``, the weights go on with those of its rows, the last excepted.
+        """
+        ...
+
+    def assemble(self, like: Tensor, pieces: Sequence[tuple[int, int, Tensor]], out: Tensor | None) -> Tensor:
+        """A flat tensor as long as ``like``'s rows, with these parts in it; the rest is unset."""
+        ...
+
+    # --- the mean gradients of earlier steps ---
+
+    def working(self, x: Tensor) -> Tensor:
+        """``x`` in the precision arithmetic is done in: float32, or float64 if it came so."""
+        ...
+
+    def past_room(self, x: Tensor, steps: int, length: int) -> Tensor:
+        """Zeros for the means of so many steps, and one row more for what is not to be kept, in working precision."""
+        ...
+
+    def keep_row(self, past: Tensor, slot: Tensor, row: Tensor) -> Tensor:
+        """``past``, changed in place if it can be, with ``row`` in the place that ``slot``, a ``[1]``, says."""
+        ...
+
+    def current(self, past: Tensor) -> Tensor:
+        """The rows as they are now."""
+        ...
+
+    def cross(self, rows: Tensor, others: Tensor) -> Tensor:
+        """``rows @ others.T`` of an N x d and an m x d matrix."""
         ...
 
     def scale_segments(self, buffer: Tensor, pieces: Sequence[tuple[int, int, Tensor]]) -> Tensor:

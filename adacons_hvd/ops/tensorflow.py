@@ -159,6 +159,22 @@ def in_row(x: tf.Tensor, row: int, rows: int) -> tf.Tensor:
     return tf.pad(x[..., None, :], [[0, 0]] * (x.shape.rank - 1) + [[row, rows - 1 - row], [0, 0]])
 
 
+def join(tensors: Sequence[tf.Tensor], axis: int) -> tf.Tensor:
+    """Join tensors along an axis that is there."""
+    return tf.concat(list(tensors), axis)
+
+
+def transposed(x: tf.Tensor) -> tf.Tensor:
+    """``x`` with its last two axes exchanged."""
+    return tf.linalg.matrix_transpose(x)
+
+
+def solve(matrix: tf.Tensor, right: tf.Tensor, ridge: tf.Tensor) -> tf.Tensor:
+    """The solution w of ``(matrix + ridge * I) w = right``, for ``[..., n, n]``, ``[..., n]`` and ``[..., 1]``."""
+    damped = tf.linalg.set_diag(matrix, tf.linalg.diag_part(matrix) + ridge)
+    return tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), right[..., None])[..., 0]
+
+
 def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
     return tf.reshape(x, tuple(shape))
 
@@ -290,13 +306,65 @@ def combine_segments(
     rows: tf.Tensor,
     pieces: Sequence[tuple[int, int, tf.Tensor]],
     out: tf.Tensor | None,
+    past: tf.Tensor | None = None,
 ) -> tf.Tensor:
-    """:func:`combine` with other weights for each ``(start, stop, weights)``; zeros elsewhere."""
-    return _assemble(
-        rows.shape[1],
-        rows.dtype,
-        [(start, stop, combine(weights, rows[:, start:stop])) for start, stop, weights in pieces],
-    )
+    """:func:`combine` with other weights for each ``(start, stop, weights)``; zeros elsewhere.
+
+    Where there is a ``past``, the weights go on with those of its rows, the last excepted.
+    """
+    workers = rows.shape[0]
+    parts = []
+    for start, stop, weights in pieces:
+        part = rows[:, start:stop]
+        if past is None:
+            parts.append((start, stop, combine(weights, part)))
+        else:
+            whole = combine(weights[:workers], _working(part)) + combine(weights[workers:], past[:-1, start:stop])
+            parts.append((start, stop, tf.cast(whole, rows.dtype)))
+    return _assemble(rows.shape[1], rows.dtype, parts)
+
+
+def assemble(like: tf.Tensor, pieces: Sequence[tuple[int, int, tf.Tensor]], out: tf.Tensor | None) -> tf.Tensor:
+    """A flat tensor as long as ``like``'s rows, with these parts in it; zeros elsewhere."""
+    return _assemble(like.shape[-1], like.dtype, pieces)
+
+
+# --- the mean gradients of earlier steps ----------------------------------------------------
+
+
+def working(x: tf.Tensor) -> tf.Tensor:
+    """``x`` in the precision arithmetic is done in: float32, or float64 if it came so."""
+    return _working(x)
+
+
+def past_room(x: tf.Tensor, steps: int, length: int) -> tf.Tensor:
+    """Zeros for the means of so many steps, and one row more for what is not to be kept, in working precision."""
+    return tf.zeros((steps + 1, length), tf.float64 if x.dtype == tf.float64 else tf.float32)
+
+
+def keep_row(past: tf.Tensor, slot: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+    """``past`` with ``row`` in the place that ``slot``, a ``[1]``, says. A variable is changed in place."""
+    row, place = tf.cast(row, past.dtype)[None], tf.cast(slot, tf.int64)
+    if isinstance(past, tf.Variable):
+        return past.scatter_update(tf.IndexedSlices(row, place))
+    return tf.tensor_scatter_nd_update(past, place[:, None], row)
+
+
+def current(past: tf.Tensor) -> tf.Tensor:
+    """The rows as they are now."""
+    return past.read_value() if isinstance(past, tf.Variable) else past
+
+
+def cross(rows: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+    """``rows @ others.T`` of an N x d and an m x d matrix."""
+    parts = []
+    for block in _blocks(rows.shape[1], rows.shape[0] + others.shape[0]):
+        part, other = _working(rows[:, block]), others[:, block]
+        if _has_accelerator():  # never in the ten-bit arithmetic that TensorFlow uses on a GPU
+            parts.append(wide(tf.stack([tf.reduce_sum(part * row, 1) for row in tf.unstack(other)], 1)))
+        else:
+            parts.append(wide(tf.matmul(part, other, transpose_b=True)))
+    return add_n(parts) if parts else zeros((rows.shape[0], others.shape[0]), rows)
 
 
 def scale_segments(buffer: tf.Tensor, pieces: Sequence[tuple[int, int, tf.Tensor]]) -> tf.Tensor:

@@ -175,6 +175,24 @@ def in_row(x: torch.Tensor, row: int, rows: int) -> torch.Tensor:
     return result
 
 
+def join(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """Join tensors along an axis that is there."""
+    return torch.cat(list(tensors), axis)
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with its last two axes exchanged."""
+    return x.mT
+
+
+def solve(matrix: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """The solution w of ``(matrix + ridge * I) w = right``, for ``[..., n, n]``, ``[..., n]`` and ``[..., 1]``."""
+    damped = matrix.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    factor, _ = torch.linalg.cholesky_ex(damped)  # unlike cholesky() it does not wait for the device
+    return torch.cholesky_solve(right[..., None], factor)[..., 0]
+
+
 def reshape(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return x.reshape(tuple(shape))
 
@@ -357,11 +375,68 @@ def combine_segments(
     rows: torch.Tensor,
     pieces: Sequence[tuple[int, int, torch.Tensor]],
     out: torch.Tensor | None,
+    past: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """:func:`combine` with other weights for each ``(start, stop, weights)``; the rest is unset."""
+    """:func:`combine` with other weights for each ``(start, stop, weights)``; the rest is unset.
+
+    Where there is a ``past``, the weights go on with those of its rows, the last excepted.
+    """
     result = rows.new_empty(rows.shape[1]) if out is None else out
     for start, stop, weights in pieces:
-        combine(weights, rows[:, start:stop], out=result[start:stop])
+        if past is None:
+            combine(weights, rows[:, start:stop], out=result[start:stop])
+        else:
+            _combine_with_past(weights, rows[:, start:stop], past[:-1, start:stop], out=result[start:stop])
+    return result
+
+
+def _combine_with_past(weights: torch.Tensor, rows: torch.Tensor, past: torch.Tensor, out: torch.Tensor) -> None:
+    workers = rows.shape[0]
+    weights = weights.to(past.dtype)
+    for block in _blocks(rows.shape[1], workers + past.shape[0], rows.device):
+        part = torch.mv(_working(rows[:, block]).T, weights[:workers])
+        out[block] = part.addmv_(past[:, block].T, weights[workers:])
+
+
+def assemble(
+    like: torch.Tensor, pieces: Sequence[tuple[int, int, torch.Tensor]], out: torch.Tensor | None
+) -> torch.Tensor:
+    """A flat tensor as long as ``like``'s rows, with these parts in it; the rest is unset."""
+    result = like.new_empty(like.shape[-1]) if out is None else out
+    for start, stop, part in pieces:
+        result[start:stop] = part
+    return result
+
+
+# --- the mean gradients of earlier steps ----------------------------------------------------
+
+
+def working(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the precision arithmetic is done in: float32, or float64 if it came so."""
+    return _working(x)
+
+
+def past_room(x: torch.Tensor, steps: int, length: int) -> torch.Tensor:
+    """Zeros for the means of so many steps, and one row more for what is not to be kept, in working precision."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.zeros(steps + 1, length, dtype=dtype, device=x.device)
+
+
+def keep_row(past: torch.Tensor, slot: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """``past``, changed in place, with ``row`` in the place that ``slot``, a ``[1]``, says."""
+    return past.index_copy_(0, slot.to(torch.int64), row[None].to(past.dtype))
+
+
+def current(past: torch.Tensor) -> torch.Tensor:
+    """The rows as they are now."""
+    return past
+
+
+def cross(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """``rows @ others.T`` of an N x d and an m x d matrix."""
+    result = zeros((rows.shape[0], others.shape[0]), rows)
+    for block in _blocks(rows.shape[1], rows.shape[0] + others.shape[0], rows.device):
+        result += _working(rows[:, block]) @ others[:, block].T
     return result
 
 
