@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from .aggregators import Aggregator
 from .schedules import SCHEDULES
 
 __all__ = ["Choice", "Curve", "Network", "Rates", "choose", "predict"]
@@ -97,10 +98,9 @@ class Rates:
     #: Where the figures are from.
     source: str
 
-    @property
-    def table(self) -> float:
-        """Seconds that the small sum of statistics takes."""
-        return self.allreduce(16.0 * self.workers)
+    def table(self, width: int = 2) -> float:
+        """Seconds that the small sum of statistics takes, so many numbers for each worker."""
+        return self.allreduce(8.0 * width * self.workers)
 
     @classmethod
     def of(cls, network: Network, workers: int, per_host: int) -> Rates:
@@ -144,23 +144,32 @@ class Choice:
     expected: Mapping[str, float] = field(default_factory=dict)
 
 
-def predict(schedule: str, rates: Rates, size: float, bucket: float = float("inf")) -> float:
+def predict(
+    schedule: str, rates: Rates, size: float, bucket: float = float("inf"), *, gramian: bool = False, history: int = 0
+) -> float:
     """Seconds one step's collectives and arithmetic take for ``size`` bytes of float32 gradient per
-    worker, sent in messages of ``bucket`` bytes.
+    worker, sent in messages of ``bucket`` bytes, for an aggregator that needs the Gramian or a history of mean
+    gradients.
 
     >>> slow = Rates.of(Network(bandwidth=1.25e8), workers=8, per_host=1)
     >>> predict("two-pass", slow, 64e6) / predict("one-pass", slow, 64e6) > 1.9
     True
     """
 
-    return SCHEDULES[schedule].cost(rates, size, bucket)
+    return SCHEDULES[schedule].cost(rates, size, bucket, gramian, history)
 
 
 def choose(
-    rates: Rates, size: float, bucket: float = float("inf"), *, gramian: bool = False, approximate: bool = False
+    rates: Rates,
+    size: float,
+    bucket: float = float("inf"),
+    *,
+    aggregator: Aggregator | None = None,
+    approximate: bool = False,
 ) -> Choice:
-    """The cheapest schedule.
+    """The cheapest schedule that can serve the aggregator; one of dots and squares, if none is given.
 
+    >>> from adacons_hvd import Curvature
     >>> choose(Rates.of(Network(), workers=8, per_host=1), 100e6).schedule
     'one-pass'
     >>> choose(Rates.of(Network(), workers=64, per_host=8), 100e6).schedule
@@ -169,11 +178,13 @@ def choose(
     'sketch'
     >>> choose(Rates.of(Network(), workers=4, per_host=4), 40e3).schedule
     'gather'
+    >>> choose(Rates.of(Network(), workers=64, per_host=8), 100e6, aggregator=Curvature(memory=8)).schedule
+    'one-pass'
     """
-    names = [
-        name for name, cls in SCHEDULES.items() if (cls.exact or approximate) and (cls.gives_gramian or not gramian)
-    ]
-    costs = {name: predict(name, rates, size, bucket) for name in names}
+    needs = bool(aggregator and aggregator.needs)
+    gramian, history = (aggregator.needs_gramian, aggregator.history) if aggregator else (False, 0)
+    names = [name for name, cls in SCHEDULES.items() if (cls.exact or approximate) and (cls.sees_all or not needs)]
+    costs = {name: predict(name, rates, size, bucket, gramian=gramian, history=history) for name in names}
     best = min(costs, key=lambda name: costs[name])
     others = ", ".join(f"{name} {costs[name] * 1e3:.3g} ms" for name in costs if name != best)
     mode = "fast" if approximate else "auto"

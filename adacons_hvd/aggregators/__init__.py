@@ -16,7 +16,7 @@ tensor([0.7500, 0.7500])
 """
 
 from .adacons import AdaCons
-from .base import Aggregator, Decision, Statistics
+from .base import Aggregator, Decision, Statistics, average_weights, table_of
 from .checkpoint import Memory, pack_memory, unpack_memory
 from .curvature import Curvature
 from .mean import Mean
@@ -31,6 +31,8 @@ __all__ = [
     "Memory",
     "NormalizedMean",
     "Statistics",
+    "average_weights",
     "pack_memory",
+    "table_of",
     "unpack_memory",
 ]

@@ -1,6 +1,6 @@
 """The mean gradient, shortened where workers or recent steps vary much: a second-order step from inner products.
 
-``docs/curvature.md`` derives the rule and says where it comes from and for whom it is worth its price.
+``docs/method.md`` derives the rule, and ``docs/evidence.md`` says for whom it is worth its price.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Curvature(Aggregator):
     >>> import torch
     >>> noisy_in_one_direction = torch.tensor([[1.0, 2.0], [1.0, -1.0]])
     >>> print([round(x, 2) for x in Curvature(length="average")(noisy_in_one_direction).tolist()])
-    [1.08, 0.3]
+    [1.09, 0.24]
     """
 
     def __init__(

@@ -195,4 +195,4 @@ def choose_schedule(
         rates = Rates.of(Network(), workers, per_host)
     else:
         rates = measured_rates(collectives, hosts, size, reference, f"{name}.calibration")
-    return choose(rates, size, settings.bucket_bytes, gramian=aggregator.needs_gramian, approximate=approximate)
+    return choose(rates, size, settings.bucket_bytes, aggregator=aggregator, approximate=approximate)

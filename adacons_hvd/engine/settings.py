@@ -172,11 +172,10 @@ def _check_aggregator(aggregator: Any, schedule: Any) -> None:
         return
     if not isinstance(aggregator, Aggregator):
         raise TypeError(f"aggregator must be an Aggregator such as AdaCons(), got {aggregator!r}")
-    if schedule in SCHEDULES and aggregator.needs_gramian and not SCHEDULES[schedule].gives_gramian:
-        able = ", ".join(name for name, cls in SCHEDULES.items() if cls.gives_gramian)
+    if schedule in SCHEDULES and aggregator.needs and not SCHEDULES[schedule].sees_all:
+        able = ", ".join(name for name, cls in SCHEDULES.items() if cls.sees_all)
         raise ValueError(
-            f"{aggregator!r} needs the Gramian of all gradients, which schedule={schedule!r} "
-            f"never sees; use one of {able}"
+            f"{aggregator!r} needs {aggregator.needs}, which schedule={schedule!r} never sees; use one of {able}"
         )
 
 

@@ -29,7 +29,7 @@ framework and no communication library is named here; gradients come in through
 :mod:`adacons_hvd.collectives` and arithmetic happens in :mod:`adacons_hvd.ops`.
 """
 
-from .base import Bucket, DenseBucket, Schedule, Segment, Transfer
+from .base import Bucket, Combination, DenseBucket, Schedule, Segment, Transfer
 from .gather import Gather
 from .half import HalfPass
 from .one_pass import OnePass
@@ -38,7 +38,17 @@ from .sparse import SparseBucket
 from .step import Step
 from .two_pass import TwoPass
 
-__all__ = ["SCHEDULES", "Bucket", "DenseBucket", "Schedule", "Segment", "SparseBucket", "Step", "Transfer"]
+__all__ = [
+    "SCHEDULES",
+    "Bucket",
+    "Combination",
+    "DenseBucket",
+    "Schedule",
+    "Segment",
+    "SparseBucket",
+    "Step",
+    "Transfer",
+]
 
 #: Every schedule, by the name a user gives it.
 SCHEDULES: dict[str, type[Schedule]] = {s.name: s for s in (TwoPass, OnePass, Gather, HalfPass, Sketch)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ..aggregators import Memory
@@ -13,7 +13,7 @@ from ..ops import Tensor, ops_for
 if TYPE_CHECKING:
     from ..costs import Rates
 
-__all__ = ["Bucket", "DenseBucket", "Done", "Schedule", "Segment", "Share", "Transfer"]
+__all__ = ["Bucket", "Combination", "DenseBucket", "Done", "Schedule", "Segment", "Share", "Transfer"]
 
 
 class Segment(NamedTuple):
@@ -35,6 +35,19 @@ class Share(NamedTuple):
     table: Tensor
 
 
+@dataclass(frozen=True)
+class Combination:
+    """How the gradients of one step are combined."""
+
+    #: ``[groups, N]``, or ``[groups, N + m]``: the weights of the workers' gradients, and then those of the means kept.
+    weights: Tensor
+    #: ``[groups, N]``: the weights that make this step's mean, and ``[1]``, where it is kept.
+    mean: Tensor = None
+    slot: Tensor = None
+    #: In place of weights: the combined elements of a group, of everyone's rows.
+    elements: Callable[[Tensor, int], Tensor] | None = None
+
+
 # --- schedules: how a dense bucket travels ------------------------------------------------------
 
 
@@ -46,26 +59,33 @@ class Schedule:
     exact: ClassVar[bool] = True
     #: Whether every worker sees everything, so that shares need no summing over workers.
     complete: ClassVar[bool] = False
-    #: Whether it can give an aggregator the Gramian.
-    gives_gramian: ClassVar[bool] = True
+    #: Whether each element of all workers' gradients comes together somewhere. That is what the Gramian, a history of
+    #: mean gradients and aggregators that work element by element take.
+    sees_all: ClassVar[bool] = False
     #: Whether a bucket may begin before the others are filled.
     overlaps: ClassVar[bool] = True
     #: Whether it needs no collective but sums, the only ones that Horovod still has once a worker
     #: has left with ``hvd.join()``.
     only_sums: ClassVar[bool] = False
 
-    def __init__(self, collectives: Collectives, predivide: float = 1.0) -> None:
+    def __init__(self, collectives: Collectives, predivide: float = 1.0, history: int = 0) -> None:
         self.collectives = collectives
         self.predivide = predivide
+        #: How many steps' mean gradients its buckets keep.
+        self.history = history
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
         """Make the object that moves this one bucket in every step."""
         raise NotImplementedError
 
+    def kept(self, length: int) -> tuple[int, int]:
+        """The part of a bucket whose mean gradients this worker keeps, where it ``sees_all``."""
+        raise NotImplementedError
+
     @classmethod
-    def cost(cls, rates: Rates, size: float, bucket: float) -> float:
+    def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
         """Seconds one step's collectives and arithmetic take, for ``size`` bytes of float32 gradient per worker that
-        are sent in messages of ``bucket`` bytes."""
+        are sent in messages of ``bucket`` bytes, for an aggregator that needs the Gramian or a history."""
         raise NotImplementedError
 
 
@@ -90,8 +110,8 @@ class Transfer:
         """Look at what arrived, once for every segment of which this worker has a part."""
         raise NotImplementedError
 
-    def combine(self, bucket: DenseBucket, weights: Tensor) -> Pending:
-        """Apply the ``[groups, N]`` weights and start the last collective."""
+    def combine(self, bucket: DenseBucket, combination: Combination) -> Pending:
+        """Combine the gradients and start the last collective."""
         raise NotImplementedError
 
     def scratch(
@@ -154,8 +174,8 @@ class Bucket:
         """Finish the first collective and return this worker's shares of the statistics."""
         raise NotImplementedError
 
-    def combine(self, weights: Tensor) -> None:
-        """Start the last collective, given the ``[groups, N]`` weights."""
+    def combine(self, combination: Combination) -> None:
+        """Combine the gradients and start the last collective."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -176,7 +196,8 @@ class DenseBucket(Bucket):
     """A flat tensor, whose length is a multiple of the number of workers.
 
     ``buffer`` holds this worker's gradient and, after ``finish``, the aggregated one, still to be
-    multiplied by ``restore`` of its group if that is set.
+    multiplied by ``restore`` of its group if that is set. ``past`` holds the mean gradients of earlier steps, of the
+    part that :meth:`Schedule.kept` says, where the schedule has a history; see ``ops.past_room``.
     """
 
     name: str
@@ -185,6 +206,7 @@ class DenseBucket(Bucket):
     schedule: Schedule
     #: ``[groups, 1]`` or None: what the result still has to be multiplied by.
     restore: Tensor | None = None
+    past: Tensor | None = None
     memory: Memory = field(default_factory=dict)
     unscale: Tensor | float = 1.0
     _pending: Pending | None = None
@@ -197,6 +219,9 @@ class DenseBucket(Bucket):
         self.complete = self.schedule.complete
         self._transfer = self.schedule.transfer(self)
         self.needs_all = self._transfer.needs_all
+        if self.schedule.history and self.past is None:
+            start, stop = self.schedule.kept(self.length)
+            self.past = ops.past_room(self.buffer, self.schedule.history, stop - start)
 
     @property
     def reference(self) -> Tensor:
@@ -221,16 +246,17 @@ class DenseBucket(Bucket):
         self._transfer.arrived = self._wait()
         return list(self._transfer.shares(self, gramian))
 
-    def combine(self, weights: Tensor) -> None:
-        if self.half:
+    def combine(self, combination: Combination) -> None:
+        if self.half and combination.elements is None:
             # A half-precision result shorter than about 1e-5 loses its digits on the way, and
             # AdaCons' unit-length ones are. So half-precision buckets carry a convex combination
             # of gradients, which needs the range the gradients have, and are stretched on arrival.
+            weights = combination.weights
             ops = ops_for(weights)
             size = ops.total(ops.absolute(weights))
             self.restore = ops.where(size > 0, size, ops.ones_like(size))
-            weights = weights / self.restore
-        self._pending = self._transfer.combine(self, weights)
+            combination = replace(combination, weights=weights / self.restore)
+        self._pending = self._transfer.combine(self, combination)
 
     def finish(self) -> None:
         self.buffer, self._transfer.arrived = self._wait(), None

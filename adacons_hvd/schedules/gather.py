@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..collectives import Pending
 from ..ops import Tensor, ops_for
-from .base import DenseBucket, Done, Schedule, Share, Transfer
+from .base import DenseBucket, Done, Schedule, Segment, Transfer
+from .rows import RowsTransfer
 
 if TYPE_CHECKING:
     from ..costs import Rates
@@ -33,42 +34,42 @@ class Gather(Schedule):
     name = "gather"
     complete = True
     overlaps = False
+    sees_all = True
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
         summed = self.collectives.may_begin_with_sums and _is_little(bucket.bytes, self.collectives.size)
         return _SummedTransfer(self) if summed else _GatherTransfer(self)
 
+    def kept(self, length: int) -> tuple[int, int]:
+        return 0, length
+
     @classmethod
-    def cost(cls, rates: Rates, size: float, bucket: float) -> float:
+    def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
         n = rates.workers
         summed, gathered = rates.allreduce.sent(size, bucket, n), rates.allgather.sent(size, bucket, n)
         moved = min(summed, gathered) if _is_little(size, n) else gathered
-        return moved + (rates.look + rates.combine) * n * size
+        return moved + (rates.look + rates.combine) * (n + history) * size
 
 
 def _is_little(size: float, workers: int) -> bool:
     return size * workers <= _SUMMED
 
 
-class _GatherTransfer(Transfer):
+class _GatherTransfer(RowsTransfer):
     needs_all = True
 
     def begin(self, bucket: DenseBucket) -> Pending:
         scratch = self.scratch(bucket, "rows", bucket.length * self.collectives.size)
         return self.collectives.allgather(bucket.buffer, f"{bucket.name}.rows", out=scratch)
 
-    def shares(self, bucket: DenseBucket, gramian: bool) -> Iterator[Share]:
-        ops = ops_for(self.arrived)
-        rows = ops.reshape(self.arrived, (self.collectives.size, -1))
-        for start, stop, group in bucket.segments:
-            part = rows[:, start:stop]
-            yield Share(group, ops.gramian(part) if gramian else ops.consensus(part))
+    def pieces(self, bucket: DenseBucket) -> Iterator[Segment]:
+        return iter(bucket.segments)
 
-    def combine(self, bucket: DenseBucket, weights: Tensor) -> Pending:
-        ops = ops_for(self.arrived)
-        rows = ops.reshape(self.arrived, (self.collectives.size, -1))
-        pieces = [(start, stop, weights[group]) for start, stop, group in bucket.segments]
-        return Done(ops.combine_segments(rows, pieces, out=bucket.buffer))
+    def out(self, bucket: DenseBucket, rows: Tensor) -> Tensor:
+        return bucket.buffer
+
+    def send(self, bucket: DenseBucket, combined: Tensor) -> Pending:
+        return Done(combined)
 
 
 class _SummedTransfer(_GatherTransfer):

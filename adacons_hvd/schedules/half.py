@@ -36,7 +36,7 @@ class HalfPass(TwoPass):
         return TwoPassTransfer(self) if bucket.half else _HalfTransfer(self)
 
     @classmethod
-    def cost(cls, rates: Rates, size: float, bucket: float) -> float:
+    def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
         first = rates.half.sent(size, bucket, 0.5) + rates.own / 2 * size
         return first + cls.second_pass(rates, size, bucket)
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..collectives import Pending
-from ..ops import Tensor, ops_for
-from .base import DenseBucket, Schedule, Segment, Share, Transfer
+from ..ops import Tensor
+from .base import DenseBucket, Schedule, Segment, Transfer
+from .rows import RowsTransfer
 
 if TYPE_CHECKING:
     from ..costs import Rates
@@ -24,40 +25,37 @@ class OnePass(Schedule):
     """
 
     name = "one-pass"
+    sees_all = True
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
         return _OnePassTransfer(self)
 
+    def kept(self, length: int) -> tuple[int, int]:
+        shard = length // self.collectives.size
+        return self.collectives.rank * shard, (self.collectives.rank + 1) * shard
+
     @classmethod
-    def cost(cls, rates: Rates, size: float, bucket: float) -> float:
-        moved = rates.alltoall.sent(size, bucket) + rates.table + rates.allgather.sent(size, bucket)
-        return moved + (rates.look + rates.combine) * size
+    def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
+        table = rates.table((rates.workers if gramian else 2) + history)
+        moved = rates.alltoall.sent(size, bucket) + table + rates.allgather.sent(size, bucket)
+        return moved + (rates.look + rates.combine) * size * (1 + history / rates.workers)
 
 
-class _OnePassTransfer(Transfer):
+class _OnePassTransfer(RowsTransfer):
     needs_all = True
 
     def begin(self, bucket: DenseBucket) -> Pending:
         scratch = self.scratch(bucket, "shards", bucket.length)
         return self.collectives.alltoall(bucket.buffer, f"{bucket.name}.shards", out=scratch)
 
-    def shares(self, bucket: DenseBucket, gramian: bool) -> Iterator[Share]:
-        ops = ops_for(self.arrived)
-        rows = ops.reshape(self.arrived, (self.collectives.size, -1))
-        for start, stop, group in self._pieces(bucket):
-            part = rows[:, start:stop]
-            yield Share(group, ops.gramian(part) if gramian else ops.consensus(part))
-
-    def combine(self, bucket: DenseBucket, weights: Tensor) -> Pending:
-        ops = ops_for(self.arrived)
-        rows = ops.reshape(self.arrived, (self.collectives.size, -1))
-        pieces = [(start, stop, weights[group]) for start, stop, group in self._pieces(bucket)]
+    def out(self, bucket: DenseBucket, rows: Tensor) -> Tensor:
         # Each piece of the result takes the place of the first worker's, which is not needed again.
-        shard = ops.combine_segments(rows, pieces, out=rows[0])
-        return self.collectives.allgather(shard, f"{bucket.name}.result", out=bucket.buffer)
+        return rows[0]
 
-    def _pieces(self, bucket: DenseBucket) -> Iterator[Segment]:
-        """The parts of the bucket's segments that fall into this worker's shard."""
+    def send(self, bucket: DenseBucket, combined: Tensor) -> Pending:
+        return self.collectives.allgather(combined, f"{bucket.name}.result", out=bucket.buffer)
+
+    def pieces(self, bucket: DenseBucket) -> Iterator[Segment]:
         length = bucket.length // self.collectives.size
         first = self.collectives.rank * length
         for start, stop, group in bucket.segments:

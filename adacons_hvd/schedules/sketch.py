@@ -38,7 +38,7 @@ class Sketch(TwoPass):
         return _SketchTransfer(self)
 
     @classmethod
-    def cost(cls, rates: Rates, size: float, bucket: float) -> float:
+    def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
         part = max(1 / cls.FRACTION, min(1.0, 4.0 * cls.PER_WORKER * rates.workers / max(size, 1.0)))
         first = rates.allreduce.sent(size, bucket, part) + rates.own / 2 * size
         return first + cls.second_pass(rates, size, bucket)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..aggregators import Memory
 from ..collectives import Collectives, Pending
 from ..ops import Tensor, ops_for
-from .base import Bucket, Share
+from .base import Bucket, Combination, Share
 
 __all__ = ["SparseBucket"]
 
@@ -55,9 +55,9 @@ class SparseBucket(Bucket):
         table = ops.sparse_gramian if gramian else ops.sparse_consensus
         return [Share(self.group, table(self.owners, self.rows, self.values, self.collectives.size))]
 
-    def combine(self, weights: Tensor) -> None:
+    def combine(self, combination: Combination) -> None:
         ops = ops_for(self.rows)
-        own = weights[self.group]
+        own = combination.weights[self.group]
         self.rows, self.values = ops.sparse_combine(self.owners, self.rows, self.values, own)
 
     def finish(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..aggregators import Aggregator, Decision, Memory, Statistics
+from ..aggregators import Aggregator, Decision, Memory, Statistics, average_weights
 from ..collectives import Collectives
 from ..ops import Plain, Tensor, as_plain, ops_for
-from .base import Bucket, Share
+from .base import Bucket, Combination, Share
+from .sparse import SparseBucket
 
 __all__ = ["Step"]
 
@@ -54,6 +55,7 @@ class Step:
         workers may run out of data at different times, on all of them alike: False on one that has
         none left and brings zeros, to keep the others company.
         """
+        self._refuse_sparse(buckets)
         takes_part = self._take_part(buckets, here)
         for bucket in buckets:
             if not bucket.begun:
@@ -69,9 +71,9 @@ class Step:
         if plain:
             memory = {name: as_plain(value) for name, value in memory.items()}
         decision = self.aggregator.decide(statistics, memory)
-        weights = ops_for(reference).beside(decision.weights, reference)
+        combination = self._combination(decision, statistics.present, unscale, reference)
         for bucket in buckets:
-            bucket.combine(weights)
+            bucket.combine(combination)
         for bucket in buckets:
             bucket.finish()
             bucket.memory, bucket.unscale = decision.memory, unscale
@@ -79,8 +81,44 @@ class Step:
 
     def _is_plain(self, reference: Tensor) -> bool:
         """Whether statistics are to be read, and weights computed on Python's numbers; alike on all workers."""
+        aggregator = self.aggregator
         few = self.groups * self.collectives.size <= FEW
-        return few and self.aggregator.is_portable and ops_for(reference).on_host(reference)
+        by_weights = not (aggregator.history or aggregator.elementwise)
+        return few and aggregator.is_portable and by_weights and ops_for(reference).on_host(reference)
+
+    def _combination(
+        self, decision: Decision, present: Tensor, unscale: Tensor | float, reference: Tensor
+    ) -> Combination:
+        aggregator = self.aggregator
+        weights = ops_for(reference).beside(decision.weights, reference)
+        if aggregator.elementwise:
+            return Combination(weights, elements=self._by_elements(decision, present))
+        if not aggregator.history:
+            return Combination(weights)
+        assert decision.past_weights is not None
+        # The mean gradients kept are true ones, whatever the loss scale was when they came.
+        weights = ops_for(weights).join([weights, decision.past_weights / unscale], -1)
+        return Combination(weights, average_weights(present) * unscale, decision.slot)
+
+    def _by_elements(self, decision: Decision, present: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The combined elements of a group; their average where the aggregator has no answer."""
+
+        def elements(rows: Tensor, group: int) -> Tensor:
+            ops = ops_for(rows)
+            average = ops.combine(decision.weights[group], rows)
+            return ops.where(decision.fallback[group], average, self.aggregator.combine(rows, present[group]))
+
+        return elements
+
+    def _refuse_sparse(self, buckets: Sequence[Bucket]) -> None:
+        """Refuse sparse gradients where there must be a row of each worker for the same elements."""
+        if self.aggregator.history or self.aggregator.elementwise:
+            sparse = [bucket.name for bucket in buckets if isinstance(bucket, SparseBucket)]
+            if sparse:
+                raise NotImplementedError(
+                    f"{self.aggregator!r} needs {self.aggregator.needs}, which sparse gradients do not have; make them "
+                    "dense: with sparse_as_dense=True, or Embedding(sparse=False) in PyTorch"
+                )
 
     def _take_part(self, buckets: Sequence[Bucket], here: bool | None) -> Tensor | None:
         """Whether this worker does; None if all workers surely do."""
@@ -99,7 +137,8 @@ class Step:
     def _statistics(self, buckets: Sequence[Bucket], takes_part: Tensor | None, plain: bool) -> Statistics:
         gramian = self.aggregator.needs_gramian
         workers, rank = self.collectives.size, self.collectives.rank
-        width = workers if gramian else 2
+        history = self.aggregator.history
+        width = (workers if gramian else 2) + history
         reference = buckets[0].reference
         shares = [(share, bucket) for bucket in buckets for share in bucket.shares(gramian)]
 
@@ -111,7 +150,7 @@ class Step:
         if takes_part is None and all(bucket.complete for bucket in buckets):
             tables = [Share(share.group, read(share.table)) for share, _ in shares]
             table = self._by_group(tables, (workers, width), like)
-            return Statistics.read(table, ops.booleans((self.groups, workers), True, table), gramian)
+            return Statistics.read(table, ops.booleans((self.groups, workers), True, table), gramian, history)
 
         # What every worker knows in full must be counted once: each gives its own row of it.
         known = [Share(s.group, read(s.table[rank] if b.complete else s.table)) for s, b in shares]
@@ -128,7 +167,7 @@ class Step:
         message = self.collectives.allreduce(message, f"{self.name}.table", out=message).wait()
         table = ops.reshape(read(message[:-workers]), (self.groups, workers, width))
         present = ops.zeros((self.groups, workers), table) + read(message[-workers:]) > 0
-        return Statistics.read(table, present, gramian)
+        return Statistics.read(table, present, gramian, history)
 
     def _by_group(self, shares: Sequence[Share], shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Add up shares: ``[groups, *shape]``."""

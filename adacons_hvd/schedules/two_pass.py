@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..collectives import Pending
-from ..ops import Tensor, ops_for
-from .base import DenseBucket, Schedule, Share, Transfer
+from ..ops import ops_for
+from .base import Combination, DenseBucket, Schedule, Share, Transfer
 
 if TYPE_CHECKING:
     from ..costs import Rates
@@ -19,20 +19,19 @@ class TwoPass(Schedule):
     """The paper's Algorithm 1. Twice the traffic of an average, whatever the topology."""
 
     name = "two-pass"
-    gives_gramian = False
     only_sums = True
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
         return TwoPassTransfer(self)
 
     @classmethod
-    def cost(cls, rates: Rates, size: float, bucket: float) -> float:
+    def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
         return rates.allreduce.sent(size, bucket) + cls.second_pass(rates, size, bucket)
 
     @staticmethod
     def second_pass(rates: Rates, size: float, bucket: float) -> float:
         """The cost of all that comes after the first pass."""
-        return rates.allreduce.sent(size, bucket) + rates.table + rates.own * size
+        return rates.allreduce.sent(size, bucket) + rates.table() + rates.own * size
 
 
 class TwoPassTransfer(Transfer):
@@ -53,8 +52,8 @@ class TwoPassTransfer(Transfer):
             row = ops.moments(bucket.buffer[start:stop], self.arrived[start:stop])
             yield Share(group, row * undo)
 
-    def combine(self, bucket: DenseBucket, weights: Tensor) -> Pending:
-        rank = self.collectives.rank
+    def combine(self, bucket: DenseBucket, combination: Combination) -> Pending:
+        rank, weights = self.collectives.rank, combination.weights
         own = [(start, stop, weights[group, rank]) for start, stop, group in bucket.segments]
         scaled = ops_for(bucket.buffer).scale_segments(bucket.buffer, own)
         return self.collectives.allreduce(

@@ -1,0 +1,63 @@
+"""What the schedules do that bring all workers' gradients, or a part of each, into one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..aggregators import table_of
+from ..collectives import Pending
+from ..ops import Tensor, ops_for
+from .base import Combination, DenseBucket, Segment, Share, Transfer
+
+__all__ = ["RowsTransfer"]
+
+
+class RowsTransfer(Transfer):
+    """A transfer whose first collective brings rows: everyone's gradient for the same elements.
+
+    A subclass says which elements these are, and what becomes of the combined ones.
+    """
+
+    #: The means of earlier steps as they were when the rows were looked at.
+    _past: Tensor = None
+
+    def pieces(self, bucket: DenseBucket) -> Iterator[Segment]:
+        """The parts of the bucket's segments that the rows hold."""
+        raise NotImplementedError
+
+    def out(self, bucket: DenseBucket, rows: Tensor) -> Tensor:
+        """Where the combined elements go; it may be one of the rows."""
+        raise NotImplementedError
+
+    def send(self, bucket: DenseBucket, combined: Tensor) -> Pending:
+        """Start the last collective."""
+        raise NotImplementedError
+
+    def shares(self, bucket: DenseBucket, gramian: bool) -> Iterator[Share]:
+        rows = self._rows()
+        past = self._past = None if bucket.past is None else ops_for(rows).current(bucket.past)
+        for start, stop, group in self.pieces(bucket):
+            yield Share(group, table_of(rows[:, start:stop], gramian, None if past is None else past[:, start:stop]))
+
+    def combine(self, bucket: DenseBucket, combination: Combination) -> Pending:
+        ops, rows, past = ops_for(self.arrived), self._rows(), self._past
+        out = self.out(bucket, rows)
+        pieces = list(self.pieces(bucket))
+        if combination.elements is not None:
+            parts = [(start, stop, combination.elements(rows[:, start:stop], group)) for start, stop, group in pieces]
+            return self.send(bucket, ops.assemble(rows, parts, out=out))
+        mean = None
+        if past is not None:
+            # Before the rows are overwritten, and the place in the past, of which the result still takes its part.
+            averages = [(start, stop, combination.mean[group]) for start, stop, group in pieces]
+            scratch = self.scratch(bucket, "mean", ops.shape(rows)[1], like=past[0])
+            mean = ops.combine_segments(ops.working(rows), averages, out=scratch)
+        weighed = [(start, stop, combination.weights[group]) for start, stop, group in pieces]
+        result = ops.combine_segments(rows, weighed, out=out, past=past)
+        if mean is not None:
+            bucket.past = ops.keep_row(bucket.past, combination.slot, mean)
+            self._past = None
+        return self.send(bucket, result)
+
+    def _rows(self) -> Tensor:
+        return ops_for(self.arrived).reshape(self.arrived, (self.collectives.size, -1))
