@@ -306,6 +306,12 @@ class Aggregator:
         zero = ops.zeros_like(like)
         return {"kept": zero, "past": ops.zeros((*ops.shape(like)[:-1], steps, steps), like)} if steps else {}
 
+    def adopted(self, memory: Memory) -> Memory:
+        """Return a memory that was loaded, without what it holds of another number of earlier steps."""
+        if "past" in memory and ops_for(memory["past"]).shape(memory["past"])[-1] != self.history:
+            return {name: value for name, value in memory.items() if name not in _PAST}
+        return memory
+
     def resized(self, memory: Memory, workers: int) -> Memory:
         """Return a whole memory, counters included, made for another number of workers."""
         own = _own(memory)
@@ -376,7 +382,7 @@ class Aggregator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
         self._past = state.get("means")
-        self._memory, self._workers = unpack_memory({k: v for k, v in state.items() if k != "means"})
+        self._memory, self._workers = unpack_memory(state)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_")

@@ -8,13 +8,17 @@ from typing import Any
 
 from ..ops import Tensor
 
-__all__ = ["STATE_VERSION", "Memory", "pack_memory", "unpack_memory"]
+__all__ = ["MEANS", "STATE_VERSION", "Memory", "pack_memory", "unpack_memory"]
 
 #: The memory that an aggregator carries from step to step: named float64 tensors, empty at first.
 Memory = dict[str, Tensor]
 
 #: The layout of :func:`pack_memory`, raised when a change would misread older states.
 STATE_VERSION = 1
+
+#: Where a state holds mean gradients of earlier steps, where in the whole gradient each of their elements lies, and
+#: what stands for the parameters. They are no part of the memory.
+MEANS = ("means", "means_at", "means_of")
 
 
 def pack_memory(memory: Memory, workers: int) -> dict[str, Any]:
@@ -33,7 +37,7 @@ def unpack_memory(state: Mapping[str, Any]) -> tuple[Memory, int]:
             f"this aggregator state is of version {int(state['version'])}, written by a later "
             f"adacons_hvd; this one reads up to version {STATE_VERSION}. Upgrade adacons_hvd"
         )
-    memory = {name: value for name, value in state.items() if name not in ("version", "workers")}
+    memory = {name: value for name, value in state.items() if name not in ("version", "workers", *MEANS)}
     for name, value in memory.items():
         if not all(map(math.isfinite, _flat(value))):
             raise ValueError(

@@ -355,6 +355,17 @@ def current(past: tf.Tensor) -> tf.Tensor:
     return past.read_value() if isinstance(past, tf.Variable) else past
 
 
+def filled(past: tf.Variable, rows: tf.Tensor) -> tf.Variable:
+    """``past``, changed in place, with these rows at its beginning and zeros elsewhere."""
+    around = [[0, past.shape[0] - rows.shape[0]], [0, past.shape[1] - rows.shape[1]]]
+    past.assign(tf.pad(tf.cast(rows, past.dtype), around))
+    return past
+
+
+def bytes_of(x: tf.Tensor) -> int:
+    return int(x.shape.num_elements() * x.dtype.size)
+
+
 def cross(rows: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
     """``rows @ others.T`` of an N x d and an m x d matrix."""
     parts = []

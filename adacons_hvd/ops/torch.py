@@ -432,6 +432,17 @@ def current(past: torch.Tensor) -> torch.Tensor:
     return past
 
 
+def filled(past: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``past``, changed in place, with these rows at its beginning and zeros elsewhere."""
+    past.zero_()
+    past[: rows.shape[0], : rows.shape[1]] = rows
+    return past
+
+
+def bytes_of(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
 def cross(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """``rows @ others.T`` of an N x d and an m x d matrix."""
     result = zeros((rows.shape[0], others.shape[0]), rows)
