@@ -36,6 +36,8 @@ class Report:
     decision: Decision
     statistics: Statistics
     choice: Choice
+    #: The bytes that this rank keeps of earlier steps' mean gradients, for an aggregator with a history.
+    history_bytes: int = 0
 
     @property
     def schedule(self) -> str:
@@ -57,6 +59,11 @@ class Report:
         """The aggregator's intermediate results by name; for AdaCons its coefficients ``alpha``
         as first computed, after momentum and after normalization (the paper's Figure 7)."""
         return {name: _rows(stage) for name, stage in self.decision.stages.items()}
+
+    @property
+    def past_weights(self) -> Numbers:
+        """What the mean gradients of earlier steps were multiplied by; empty without a history."""
+        return [] if self.decision.past_weights is None else _rows(self.decision.past_weights)
 
     @property
     def norms(self) -> Numbers:
@@ -108,6 +115,8 @@ class Report:
             "reason": self.reason,
             "spread": self.spread,
             "weights": self.weights,
+            "past_weights": self.past_weights,
+            "history_bytes": self.history_bytes,
             "norms": self.norms,
             "present": self.present,
             "coefficients": self.coefficients,

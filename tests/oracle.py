@@ -135,3 +135,8 @@ def error(found: Sequence[Vector], expected: Sequence[Vector]) -> float:
     far = sum(float(np.sum(np.abs(np.asarray(f) - e) ** 2)) for f, e in zip(found, expected, strict=True))
     long = sum(float(np.sum(np.abs(np.asarray(e)) ** 2)) for e in expected)
     return float(np.sqrt(far / long)) if long else float(np.sqrt(far))
+
+
+def trimmed_mean(values: Sequence[Vector]) -> Vector:
+    """The mean without the least and the greatest of each element's values."""
+    return np.sort(np.stack(values), axis=0)[1:-1].mean(0)

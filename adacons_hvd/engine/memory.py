@@ -11,8 +11,9 @@ from typing import Any
 from ..aggregators import Aggregator, Memory, pack_memory, unpack_memory
 from ..collectives import Collectives
 from ..ops import Tensor, ops_for
+from .history import History, Interval, Place
 
-__all__ = ["STATE_KEY", "State", "rank_to_follow", "share_memory"]
+__all__ = ["STATE_KEY", "State", "holders", "rank_to_follow", "share_memory"]
 
 #: Where an optimizer's ``state_dict`` keeps the aggregator's state.
 STATE_KEY = "adacons"
@@ -24,6 +25,8 @@ class State:
 
     memory: Memory = field(default_factory=dict)
     workers: int = 0
+    #: The mean gradients of earlier steps that the memory goes with.
+    history: History = field(default_factory=History)
     #: Some tensor where memories are kept, and what the memory was last made to fit.
     _reference: Tensor = None
     _fitted: Any = None
@@ -44,6 +47,7 @@ class State:
                 stacklevel=2,
             )
             self.memory = {}
+        self.memory = aggregator.adopted(self.memory)
         if self.memory and self.workers != workers:
             self.memory = aggregator.resized(self.memory, workers)
         self.workers = workers
@@ -55,12 +59,42 @@ class State:
         ops = ops_for(self._reference)
         return {name: ops.beside(value, self._reference) for name, value in self.memory.items()}
 
+    def resume_history(
+        self,
+        aggregator: Aggregator,
+        places: Sequence[Place],
+        held: Sequence[Sequence[Interval]],
+        collectives: Collectives,
+        name: str,
+    ) -> None:
+        """Put the mean gradients of earlier steps into a new layout. All ranks call this together.
+
+        It comes after :meth:`fit`, once all ranks remember the same. ``held`` is as in :meth:`History.resume`.
+        """
+        if not aggregator.history:
+            return
+        if not self.history.resume(places, held if self.kept else [], collectives, name) and self.kept:
+            warnings.warn(
+                "the mean gradients of earlier steps belong to other parameters, or no rank has some of them, so the "
+                "aggregator's history begins afresh. Before one rank saves, all must call gather_history(); otherwise "
+                "each must save, and load, its own state",
+                stacklevel=3,
+            )
+            self.memory = {**self.memory, **aggregator.no_past(self.memory["steps"])}
+
+    @property
+    def kept(self) -> int:
+        """How many steps' mean gradients were kept so far. Waits for the device."""
+        kept = self.memory.get("kept")
+        return 0 if kept is None else int(ops_for(kept).to_list(kept)[0][0])
+
     def state_dict(self) -> dict[str, Any]:
-        return pack_memory(self.tensors(), self.workers)
+        return pack_memory(self.tensors(), self.workers) | self.history.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.memory, self.workers = unpack_memory(state)
         self._fitted = None
+        self.history.load_state_dict(state)
 
     def digest(self) -> int:
         """A number that differs between ranks if what they remember does. Waits for the device."""
@@ -94,6 +128,19 @@ def rank_to_follow(remembered: Sequence[tuple[int, int]]) -> int | None:
         return None
     steps = [steps for _, steps in remembered]
     return steps.index(max(steps))
+
+
+def holders(remembered: Sequence[tuple[int, int]], held: Sequence[Sequence[Sequence[int]]]) -> list[list[Interval]]:
+    """What each rank holds of the history that goes with the memory all take; arguments by rank.
+
+    >>> holders([(7, 3), (8, 5)], [[(0, 2)], [(2, 4)]])
+    [[], [Interval(start=2, stop=4)]]
+    """
+    leader = remembered[rank_to_follow(remembered) or 0]
+    return [
+        [Interval(*pair) for pair in mine] if tuple(memory) == tuple(leader) else []
+        for memory, mine in zip(remembered, held, strict=True)
+    ]
 
 
 def share_memory(

@@ -155,6 +155,8 @@ class Arrival:
     memory: tuple[int, int] = (0, 0)
     #: It has taken steps without ranks that had joined.
     was_without_some: bool = False
+    #: The intervals of the whole gradient whose means of earlier steps it holds.
+    held: Sequence[tuple[int, int]] = ()
 
 
 def agree(collectives: Collectives, mine: Arrival, description: Mapping[str, Any], name: str) -> list[Arrival]:

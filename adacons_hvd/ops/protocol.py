@@ -97,6 +97,10 @@ class Ops(SmallOps, Protocol):
         """``x`` on the device of ``reference``; a :class:`~.plain.Plain` becomes a tensor there."""
         ...
 
+    def cast_like(self, x: Tensor, reference: Tensor) -> Tensor:
+        """``x`` in the element type of ``reference``."""
+        ...
+
     def on_host(self, x: Tensor) -> bool:
         """Whether reading the values of ``x`` waits for nothing."""
         ...

@@ -48,6 +48,11 @@ def like(values: Iterable[float], reference: tf.Tensor) -> tf.Tensor:
     return tf.constant([float(value) for value in values], tf.float64)
 
 
+def cast_like(x: tf.Tensor, reference: tf.Tensor) -> tf.Tensor:
+    """``x`` in the element type of ``reference``."""
+    return tf.cast(x, reference.dtype)
+
+
 def beside(x: Tensor, reference: tf.Tensor) -> tf.Tensor:
     """``x``: TensorFlow moves it to the device of ``reference`` when both are used."""
     return tf.reshape(tf.constant(x.rows), x.shape) if isinstance(x, Plain) else x

@@ -59,6 +59,11 @@ def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
+def cast_like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """``x`` in the element type of ``reference``."""
+    return x.to(reference.dtype)
+
+
 def beside(x: Tensor, reference: torch.Tensor) -> torch.Tensor:
     """``x`` on the device of ``reference``; a :class:`Plain` becomes a tensor there."""
     if isinstance(x, Plain):

@@ -37,6 +37,11 @@ class TorchState(hvd.elastic.TorchState):  # type: ignore[misc]
 
 
 class _OptimizerHandler(OptimizerStateHandler):  # type: ignore[misc]
+    def save(self) -> None:
+        # All ranks commit together. What only one of them held would be lost with it.
+        getattr(self.value, "gather_history", lambda: None)()
+        super().save()
+
     def sync(self) -> None:
         broadcast_optimizer_state(self.value, root_rank=0)
 

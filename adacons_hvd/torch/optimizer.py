@@ -221,6 +221,16 @@ class _Aggregating(torch.optim.Optimizer):
             self._reducer.synchronize()
         self._synchronized = True
 
+    def gather_history(self) -> None:
+        """Bring the mean gradients of earlier steps, which are spread over the ranks, to every rank.
+
+        For an aggregator with a history, as ``Curvature``. All ranks call this before one of them saves
+        ``state_dict()``, which then holds all of them until the next step. Without it a state holds this rank's part,
+        and goes on where it was only if every rank saves and loads its own.
+        """
+        if self._reducer is not None:
+            self._reducer.gather_history()
+
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
         """Within this context ``step()`` uses the gradients as they are.

@@ -36,7 +36,8 @@ from .. import agreement
 from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
 from ..costs import Choice
-from ..engine.memory import State, share_memory
+from ..engine.history import Place, intervals_of
+from ..engine.memory import State, holders, share_memory
 from ..engine.protocol import Message, Recall, Verdict, decide
 from ..engine.replicas import ReplicaError, compare_replicas, is_due, stray_step
 from ..engine.session import ONLY_SUMS, Arrival, Parameter, agree, choose_schedule, describe
@@ -48,7 +49,7 @@ from ..schedules import SCHEDULES, Step
 from ..torch_amp import unscale
 from ..torch_host import OnItsWay
 from .numbering import numbering
-from .packing import Packing, Slot, pack
+from .packing import DensePacking, Packing, Slot, pack
 
 __all__ = ["Reducer", "exchange", "reducer_of"]
 
@@ -184,7 +185,8 @@ class Reducer:
                 self.reset()
                 raise
             self.state.memory = decision.memory
-            self.report = Report(decision, statistics, self._choice)
+            self.state.history.step_taken()
+            self.report = Report(decision, statistics, self._choice, self.state.history.bytes)
             for packing in self._packings:
                 packing.deliver()
                 packing.expect(self.passes)
@@ -347,11 +349,13 @@ class Reducer:
 
     def _lay_out(self, slots: list[Slot], digest: int, joined: bool) -> None:
         """Make packings of slots that all ranks have alike."""
+        arrivals: list[Arrival] = []
         if joined:
             self._choice = self._only_sums()
         else:
-            self._choice = self._agree(slots, digest)
-        schedule = SCHEDULES[self._choice.schedule](self._collectives, self.settings.gradient_predivide_factor)
+            self._choice, arrivals = self._agree(slots, digest)
+        history, predivide = self._aggregator.history, self.settings.gradient_predivide_factor
+        schedule = SCHEDULES[self._choice.schedule](self._collectives, predivide, history)
         if not joined:
             self._packings_for_all = []
         elif not self._joined and not self._counts_ranks:
@@ -382,8 +386,17 @@ class Reducer:
         if self._packings:
             reference = self._packings[0].bucket.reference
             self.state.fit(self._aggregator, self._groups, self._collectives.size, reference)
+        if history:
+            held = holders([arrival.memory for arrival in arrivals], [arrival.held for arrival in arrivals])
+            self.state.resume_history(self._aggregator, self._places(slots), held, self._collectives, self.name)
 
-    def _agree(self, slots: Sequence[Slot], digest: int) -> Choice:
+    def _places(self, slots: Sequence[Slot]) -> list[Place]:
+        """Where in the whole gradient the elements of each bucket lie."""
+        intervals = dict(zip(slots, intervals_of([slot.length for slot in slots]), strict=True))
+        dense = [packing for packing in self._packings if isinstance(packing, DensePacking)]
+        return [Place(packing.bucket, [intervals[slot] for slot in packing.slots]) for packing in dense]
+
+    def _agree(self, slots: Sequence[Slot], digest: int) -> tuple[Choice, list[Arrival]]:
         """Learn from all ranks which slots are sparse, remember what they remember, and choose a schedule with them."""
         mine = Arrival(
             digest,
@@ -391,6 +404,7 @@ class Reducer:
             sparse=[i for i, slot in enumerate(slots) if self._is_sparse(slot)],
             memory=(self.state.digest(), self.state.steps),
             was_without_some=self._joined,
+            held=self.state.history.held([slot.length for slot in slots], self._aggregator.history),
         )
         arrivals = agree(self._collectives, mine, self._description(slots), self.name)
         # A parameter may have a sparse gradient on one rank and none yet on another.
@@ -406,7 +420,7 @@ class Reducer:
             ranks=self.settings.process_set.ranks,
             expected=any(arrival.was_without_some for arrival in arrivals),
         )
-        return choose_schedule(
+        choice = choose_schedule(
             self.settings,
             self._collectives,
             [arrival.host for arrival in arrivals],
@@ -414,12 +428,13 @@ class Reducer:
             reference,
             self.name,
         )
+        return choice, arrivals
 
     def _only_sums(self) -> Choice:
-        if self._aggregator.needs_gramian:
+        if self._aggregator.needs:
             raise RuntimeError(
-                f"{self._aggregator!r} needs the Gramian of all gradients, which "
-                "cannot be computed once a rank has called hvd.join()"
+                f"{self._aggregator!r} needs {self._aggregator.needs}, which cannot be had once a rank has called "
+                "hvd.join()"
             )
         return ONLY_SUMS
 
@@ -456,8 +471,13 @@ class Reducer:
         self._stale = True
         self.pending = False
 
+    def gather_history(self) -> None:
+        """Hold the mean gradients of earlier steps of all ranks, until the next step. All ranks call this together."""
+        self.state.history.gather(self._collectives, self.name)
+
     def reset(self) -> None:
         """Forget everything under way, without waiting for it: the workers may be gone."""
+        self.state.history.suspend()
         self._forget_layout()
         self.pending = False
 
