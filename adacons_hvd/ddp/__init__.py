@@ -7,6 +7,6 @@
 Everything else about the script stays, and so does how it is started: ``torchrun``.
 """
 
-from .attaching import attach
+from .attaching import attach, gather_history
 
-__all__ = ["attach"]
+__all__ = ["attach", "gather_history"]

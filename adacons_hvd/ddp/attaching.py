@@ -173,6 +173,22 @@ def attach(
             each.register_load_state_dict_pre_hook(_Load(reducer))
 
 
+def gather_history(model: DistributedDataParallel) -> None:
+    """Bring the mean gradients of earlier steps, which are spread over the ranks, to every rank.
+
+    For an aggregator with a history, as ``Curvature``. All ranks call this before one of them saves the optimizer's
+    ``state_dict()``, which then holds all of them until the next step. Without it a state holds this rank's part, and
+    goes on where it was only if every rank saves and loads its own.
+    """
+    reducer = _reducer_of(model)
+    if reducer is not None:
+        reducer.gather_history()
+
+
+def _reducer_of(model: DistributedDataParallel) -> Reducer | None:
+    return next((state for _, state in model._comm_hooks if isinstance(state, Reducer)), None)
+
+
 @functools.cache
 def _end_after_messages() -> None:
     """Let go of the interpreter for a moment before it ends.
@@ -205,7 +221,7 @@ class _Load:
         # This is a copy of what the user gave. A state without ours changes nothing of ours.
         ours = state.pop(STATE_KEY, None)
         if ours is not None:
-            self.reducer.state.load_state_dict(ours)
+            self.reducer.load_state_dict(ours)
 
 
 class _BeforeStep:

@@ -38,7 +38,7 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -46,9 +46,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import agreement
+from ..aggregators import Aggregator
 from ..collectives import host_name
 from ..collectives.distributed import TorchDistributed
-from ..engine.memory import State, share_memory
+from ..engine.history import Place, intervals_of
+from ..engine.memory import State, holders, share_memory
 from ..engine.replicas import ReplicaError, is_due, stray_step
 from ..engine.session import Arrival, Parameter, agree, choose_schedule, describe, describe_average
 from ..engine.settings import Settings
@@ -56,6 +58,7 @@ from ..ops.torch import arithmetic
 from ..report import Report
 from ..schedules import SCHEDULES, Step
 from ..torch_amp import unscale
+from ..torch_gradients import numbers
 from .notes import PATIENCE, Notes, Stop
 from .parts import DensePart, Part, SparsePart
 from .replicas import Replicas
@@ -95,6 +98,8 @@ class Reducer:
         self._replicas = Replicas(self._collectives, notes.ranks, compared)
         self._parts: list[Part] = []
         self._taken: list[Taken] = []
+        #: Whether parts, or what is remembered, are new in the step under way. They then are on all ranks.
+        self._is_new = False
         #: How many steps have been aggregated: equal on all ranks.
         self._steps = 0
         #: Whether to compare what ranks remember at the beginning of the next step.
@@ -127,7 +132,7 @@ class Reducer:
             torch.empty((), device=self._collectives.device),
             "adacons",
         )
-        self._schedule = SCHEDULES[self._choice.schedule](self._collectives)
+        self._schedule = SCHEDULES[self._choice.schedule](self._collectives, history=aggregator.history)
         self._step = Step(self._collectives, aggregator, self._groups, "adacons")
 
     def _description(self) -> dict[str, Any]:
@@ -172,10 +177,12 @@ class Reducer:
         if position < len(self._parts):
             if self._parts[position].fits(gradient, parameters):
                 return self._parts[position]
+            self.state.history.suspend()
             del self._parts[position:]
         kind = SparsePart if gradient.is_sparse else DensePart
         groups = [self._group_of[id(p)] for p in parameters]
         self._parts.append(kind(f"adacons.{position}", gradient, parameters, groups, self._schedule))
+        self._is_new = True
         return self._parts[position]
 
     def _settle(self) -> None:
@@ -189,6 +196,7 @@ class Reducer:
         if found.memories_differ or self._share:
             self._share = False
             self._share_memory()
+            self._is_new = True
 
     def _share_memory(self) -> None:
         """Let all ranks remember the same, which is what the rank with the most steps does."""
@@ -220,6 +228,9 @@ class Reducer:
         assert aggregator is not None
         reference = buckets[0].reference
         self.state.fit(aggregator, self._groups, self._collectives.size, reference)
+        if self._is_new and aggregator.history:
+            self._resume_history(aggregator)
+        self._is_new = False
         factor = unscale(self.settings.grad_scaler, reference)
         try:
             # Where backward() is called inside of an autocast, so is this; but here precision is
@@ -230,13 +241,50 @@ class Reducer:
             # A rank that has run out of data goes on keeping the others company, as they may go on.
             if _in_backward():
                 _raise_after_backward(error)
-            self._parts = []
+            self._forget_parts()
             return False
         self.state.memory = decision.memory
-        report = Report(decision, statistics, self._choice)
+        self.state.history.step_taken()
+        report = Report(decision, statistics, self._choice, self.state.history.bytes)
         for optimizer in self._alive():
             optimizer.report = report  # type: ignore[attr-defined]
         return True
+
+    # --- the mean gradients of earlier steps ----------------------------------------------------
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what was saved. This rank may be alone in this."""
+        self.state.load_state_dict(state)
+        aggregator = self.settings.aggregator
+        if self._parts and aggregator is not None and aggregator.history:
+            self.state.refill_history(aggregator, self._places(), self._lengths())
+
+    def gather_history(self) -> None:
+        """Hold the mean gradients of earlier steps of all ranks, until the next step. All ranks call this together."""
+        self.state.history.gather(self._collectives, "adacons")
+
+    def _resume_history(self, aggregator: Aggregator) -> None:
+        """Bring what ranks have kept in other buckets into those of the step under way."""
+        held = self.state.history.held(self._lengths(), aggregator.history)
+        mine = json.dumps([self.state.digest(), self.state.steps, held]).encode()
+        answers = [json.loads(answer) for answer in self._collectives.allgather_bytes(mine, "adacons.held")]
+        everyone = holders(
+            [(digest, steps) for digest, steps, _ in answers], [intervals for _, _, intervals in answers]
+        )
+        self.state.resume_history(aggregator, self._places(), everyone, self._collectives, "adacons")
+
+    def _lengths(self) -> list[int]:
+        return [numbers(p) for p in self._names]
+
+    def _places(self) -> list[Place]:
+        """Where in the whole gradient the elements of each bucket lie."""
+        intervals = dict(zip(map(id, self._names), intervals_of(self._lengths()), strict=True))
+        parts = [(part.bucket, part.parameters) for part in self._parts if isinstance(part, DensePart)]
+        return [Place(bucket, [intervals[id(p)] for p in found]) for bucket, found in parts if bucket is not None]
+
+    def _forget_parts(self) -> None:
+        self.state.history.suspend()
+        self._parts = []
 
     def _here(self) -> bool | None:
         """Under ``model.join()``, whether this rank still has data; otherwise None."""
@@ -294,7 +342,8 @@ class Reducer:
         with contextlib.suppress(RuntimeError):  # the store is gone if its rank is; the message then fails, too
             stop = self._notes.stopped()
         if stop is not None:
-            self._taken, self._parts = [], []
+            self._taken = []
+            self._forget_parts()
             _raise_for(stop)
 
 

@@ -98,6 +98,23 @@ class History:
             place.bucket.past = ops.filled(place.bucket.past, ops.stack(rows))
         return True
 
+    def refill(self, places: Sequence[Place]) -> bool:
+        """Put parts into a layout without the other ranks; False where this rank lacks some, and it stays empty.
+
+        For a state that was loaded while there is a layout, and holds this rank's own parts, or all. It comes after
+        :meth:`held`.
+        """
+        parts, self._parts, self._places = self._parts, [], list(places)
+        lacks = [interval for place in places for interval in _kept(place) if not _covers(parts, interval)]
+        for place in places:
+            bucket, kept = place.bucket, _kept(place)
+            ops, rows = ops_for(bucket.buffer), []
+            for step in range(0 if lacks or not kept else bucket.schedule.history):
+                pieces = [piece for interval in kept for piece in sorted(_cut(parts, step, [interval]), key=_start)]
+                rows.append(ops.concat([ops.wide(ops.beside(row, bucket.buffer)) for _, _, row in pieces]))
+            bucket.past = ops.filled(bucket.past, ops.stack(rows) if rows else ops.zeros((0, 0), bucket.buffer))
+        return not lacks
+
     def gather(self, collectives: Collectives, name: str) -> None:
         """Hold all of it, for a state to be saved before the next step. All ranks call this together."""
         if not self._places:
@@ -121,7 +138,7 @@ class History:
         for step in range(self._places[0].bucket.schedule.history):
             whole = ops.zeros((self._size,), reference)
             given = [(start, stop, ops.wide(ops.beside(row, whole))) for start, stop, row in _cut(parts, step, mine)]
-            whole = ops.assemble(whole, sorted(given, key=lambda piece: piece[0]), out=whole)
+            whole = ops.assemble(whole, sorted(given, key=_start), out=whole)
             yield collectives.allreduce(whole, f"{name}.means", out=whole).wait()
 
     def _held(self) -> list[Part]:
@@ -175,22 +192,24 @@ def intervals_of(lengths: Sequence[int]) -> list[Interval]:
     return [Interval(stop - length, stop) for length, stop in zip(lengths, stops, strict=True)]
 
 
-def divide(held: Sequence[Sequence[Interval]], size: int) -> list[list[Interval]] | None:
+def divide(held: Sequence[Sequence[Interval]], stop: int, start: int = 0) -> list[list[Interval]] | None:
     """Which intervals each rank gives to the others, so that each element is given once; None if one would be missing.
+
+    The elements are those from ``start`` to ``stop``.
 
     >>> divide([[Interval(0, 6)], [Interval(4, 9)]], 9)
     [[Interval(start=0, stop=6)], [Interval(start=6, stop=9)]]
     >>> divide([[Interval(0, 6)], []], 9) is None
     True
     """
-    missing = [Interval(0, size)] if size else []
+    missing = [Interval(start, stop)] if start < stop else []
     shares = []
     for intervals in held:
         share = []
-        for start, stop in intervals:
+        for first, last in intervals:
             left = []
             for gap in missing:
-                common = Interval(max(start, gap.start), min(stop, gap.stop))
+                common = Interval(max(first, gap.start), min(last, gap.stop))
                 if common.start >= common.stop:
                     left.append(gap)
                     continue
@@ -217,6 +236,14 @@ def _kept(place: Place) -> list[Interval]:
             found.append(Interval(start + low, start + high))
         offset += stop - start
     return found
+
+
+def _covers(parts: Sequence[Part], interval: Interval) -> bool:
+    return divide([part.intervals for part in parts], interval.stop, interval.start) is not None
+
+
+def _start(piece: tuple[int, int, Tensor]) -> int:
+    return piece[0]
 
 
 def _cut(parts: Sequence[Part], step: int, wanted: Sequence[Interval]) -> Iterator[tuple[int, int, Tensor]]:

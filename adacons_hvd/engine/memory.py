@@ -71,16 +71,23 @@ class State:
 
         It comes after :meth:`fit`, once all ranks remember the same. ``held`` is as in :meth:`History.resume`.
         """
-        if not aggregator.history:
-            return
         if not self.history.resume(places, held if self.kept else [], collectives, name) and self.kept:
-            warnings.warn(
-                "the mean gradients of earlier steps belong to other parameters, or no rank has some of them, so the "
-                "aggregator's history begins afresh. Before one rank saves, all must call gather_history(); otherwise "
-                "each must save, and load, its own state",
-                stacklevel=3,
-            )
-            self.memory = {**self.memory, **aggregator.no_past(self.memory["steps"])}
+            self._begin_history_afresh(aggregator)
+
+    def refill_history(self, aggregator: Aggregator, places: Sequence[Place], lengths: Sequence[int]) -> None:
+        """Put a state that was just loaded into a layout that is there, without the other ranks."""
+        self.history.held(lengths, aggregator.history)
+        if not self.history.refill(places) and self.kept:
+            self._begin_history_afresh(aggregator)
+
+    def _begin_history_afresh(self, aggregator: Aggregator) -> None:
+        warnings.warn(
+            "the mean gradients of earlier steps belong to other parameters, or no rank has some of them, so the "
+            "aggregator's history begins afresh. Before one rank saves, all must call gather_history(); otherwise "
+            "each must save, and load, its own state",
+            stacklevel=4,
+        )
+        self.memory = {**self.memory, **aggregator.no_past(self.memory["steps"])}
 
     @property
     def kept(self) -> int:

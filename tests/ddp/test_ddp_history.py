@@ -1,0 +1,252 @@
+"""Aggregators that need the mean gradients of earlier steps, or gradients element by element, under DDP."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.ranks(3, launcher="torchrun")
+
+SCHEDULES = ["one-pass", "gather"]
+SETTINGS: list[dict[str, Any]] = [
+    {"memory": 8},
+    {"memory": 3, "damping": 0.3, "length": "average"},
+    {"memory": 4, "workers": False, "length": "agreement"},
+    {"memory": 0},
+]
+
+
+def beside_the_oracle(dtype_name: str, tolerance: float) -> int:
+    import oracle
+    import torch
+    from ddp_job import network, train
+
+    from adacons_hvd import Curvature
+
+    cases = list(itertools.product(SETTINGS, SCHEDULES, ["model", "layer"]))
+    for seed, (settings, schedule, granularity) in enumerate(cases):
+        optimizer = train(
+            network(seed, getattr(torch, dtype_name)),
+            steps=30,
+            aggregator=Curvature(**settings),
+            granularity=granularity,
+            schedule=schedule,
+            groups=(lambda names: [[i] for i in range(len(names))]) if granularity == "layer" else None,
+            oracle_settings={"oracle": oracle.CurvatureOracle, **settings},
+            tolerance=tolerance,
+        )
+        report = optimizer.report
+        assert (report.schedule, report.fallbacks) == (schedule, 0)
+        assert (report.history_bytes > 0) == (settings["memory"] > 0)
+    return len(cases)
+
+
+@pytest.mark.ranks(2, 3, 4, launcher="torchrun")
+@pytest.mark.time_limit(240)
+def test_curvature_agrees_with_the_oracle_over_thirty_steps(cluster):
+    """DDP makes its buckets anew after the first step, so each of these moves the history to another layout."""
+    assert cluster.run(beside_the_oracle, "float32", 1e-5) == [16] * cluster.ranks
+
+
+@pytest.mark.time_limit(240)
+def test_curvature_agrees_with_the_oracle_in_float64(cluster):
+    assert cluster.run(beside_the_oracle, "float64", 1e-12) == [16] * cluster.ranks
+
+
+@pytest.mark.soak
+@pytest.mark.ranks(5, 8, launcher="torchrun")
+@pytest.mark.time_limit(900)
+def test_curvature_agrees_with_the_oracle_on_many_ranks(cluster):
+    assert cluster.run(beside_the_oracle, "float32", 1e-5) == [16] * cluster.ranks
+
+
+def attached(schedule: str = "one-pass", bucket: float = 0.0004) -> Any:
+    import torch
+    from ddp_job import network, wrap
+
+    import adacons_hvd.ddp
+    from adacons_hvd import Curvature
+
+    model = wrap(network(), bucket_cap_mb=bucket)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    adacons_hvd.ddp.attach(model, optimizer, Curvature(4), schedule=schedule)
+    return model, optimizer
+
+
+def step(model: Any, optimizer: Any, number: int) -> None:
+    from ddp_job import loss_of
+
+    optimizer.zero_grad()
+    loss_of(model, number).backward()
+    optimizer.step()
+
+
+def resume(folder: str, schedule: str, gathered: bool, into_a_running_one: bool) -> None:
+    """Half of the steps, then a checkpoint is loaded for the rest, beside a job that just goes on."""
+    from pathlib import Path
+
+    import harness
+    import torch
+    from ddp_job import assert_equal_bits
+
+    import adacons_hvd.ddp
+
+    path = Path(folder) / ("all.pt" if gathered else f"{harness.rank()}.pt")
+    model, optimizer = attached(schedule)
+    again, resumed = attached(schedule, 1.0 if gathered and not into_a_running_one else 0.0004)
+    if into_a_running_one:
+        for number in range(3):
+            step(again, resumed, 90 + number)
+    for number in range(12):
+        if number == 6:
+            if gathered:
+                adacons_hvd.ddp.gather_history(model)
+            if harness.rank() == 0 or not gathered:
+                torch.save([model.state_dict(), optimizer.state_dict()], path)
+            harness.gather(None)
+            saved_model, saved_optimizer = torch.load(path, weights_only=True)
+            again.load_state_dict(saved_model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                resumed.load_state_dict(saved_optimizer)
+        step(model, optimizer, number)
+        if number >= 6:
+            step(again, resumed, number)
+    for mine, other in zip(model.parameters(), again.parameters(), strict=True):
+        if into_a_running_one:  # whose buckets are those of the saved one
+            assert torch.equal(mine, other)
+        else:  # the first step's buckets are others, and their sums differ in the last digits
+            assert torch.allclose(mine, other, rtol=1e-5, atol=1e-7)
+    assert resumed.report.fallbacks == 0
+    assert resumed.report.decision.memory["kept"][0, 0] == 12
+    assert_equal_bits(list(again.parameters()))
+
+
+@pytest.mark.ranks(2, 3, launcher="torchrun")
+def test_checkpoints_go_on(cluster, tmp_path):
+    for schedule, gathered, running in itertools.product(SCHEDULES, [False, True], [False, True]):
+        cluster.run(resume, str(tmp_path), schedule, gathered, running)
+
+
+def oracle_continues(path: str, load: bool) -> Any:
+    """Train some steps, from a saved state or to one; each step is held against an oracle of all steps so far."""
+    import copy
+
+    import harness
+    import oracle
+    import torch
+    from ddp_job import array, assert_equal_bits, loss_of
+
+    import adacons_hvd.ddp
+
+    model, optimizer = attached()
+    judge = oracle.Grouped([list(range(6))], oracle.CurvatureOracle, memory=4)
+    if load:
+        saved_model, saved, judge.oracles[0].means = torch.load(path, weights_only=False)
+        model.load_state_dict(saved_model)
+        optimizer.load_state_dict(saved)
+    parameters = list(model.parameters())
+    for number in range(8):
+        twin = copy.deepcopy(model.module)
+        optimizer.zero_grad()
+        loss_of(twin, number).backward()
+        loss_of(model, number).backward()
+        everyone = harness.gather([array(p.grad, p) for p in twin.parameters()])
+        assert oracle.error([array(p.grad, p) for p in parameters], judge(everyone)) < 1e-5
+        optimizer.step()
+    adacons_hvd.ddp.gather_history(model)
+    if harness.rank() == 0 and not load:
+        torch.save([model.state_dict(), optimizer.state_dict(), judge.oracles[0].means], path)
+    assert_equal_bits(parameters)
+    return optimizer.state_dict()["adacons"]["workers"]
+
+
+def test_another_number_of_workers_takes_up_a_gathered_history(cluster, cluster_pools, tmp_path):
+    from harness.cluster import Cluster
+    from harness.pool import Spec
+
+    path = str(tmp_path / "state.pt")
+    assert cluster.run(oracle_continues, path, False) == [3] * 3
+    for number in (2, 4):
+        spec = Spec(cluster.launcher, number, (), "")
+        other = Cluster(cluster_pools, spec, 120.0, sys.modules[__name__])
+        assert other.run(oracle_continues, path, True) == [number] * number
+
+
+def one_state_for_all() -> int:
+    """All ranks load what one rank saved without gathering: the history begins afresh, and the ranks stay alike."""
+    import torch.distributed as dist
+    from ddp_job import assert_equal_bits
+
+    model, optimizer = attached()
+    for number in range(5):
+        step(model, optimizer, number)
+    state = [optimizer.state_dict()]
+    dist.broadcast_object_list(state)
+    model, optimizer = attached()
+    optimizer.load_state_dict(state[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(5, 9):
+            step(model, optimizer, number)
+    assert_equal_bits(list(model.parameters()))
+    assert any("so the aggregator's history begins afresh" in str(w.message) for w in caught)
+    return int(optimizer.report.decision.memory["kept"][0, 0])
+
+
+def test_a_history_that_is_not_whole_begins_afresh(cluster):
+    assert cluster.run(one_state_for_all) == [4] * 3
+
+
+def uneven() -> int:
+    """One rank after the other runs out of data; what it keeps of the past stays in use."""
+    import harness
+    from ddp_job import assert_equal_bits
+
+    model, optimizer = attached()
+    with model.join():
+        for number in range(6 + 2 * harness.rank()):
+            step(model, optimizer, number)
+    assert_equal_bits(list(model.parameters()))
+    return int(optimizer.report.fallbacks)
+
+
+def test_ranks_that_run_out_of_data_keep_their_part(cluster):
+    assert cluster.run(uneven) == [0] * 3
+
+
+def elements() -> None:
+    import copy
+
+    import harness
+    import oracle
+    import torch
+    from ddp_job import array, assert_equal_bits, loss_of, network, wrap
+    from element_wise import TrimmedMean
+
+    import adacons_hvd.ddp
+
+    for schedule in SCHEDULES:
+        model = wrap(network())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        adacons_hvd.ddp.attach(model, optimizer, TrimmedMean(), schedule=schedule)
+        parameters = list(model.parameters())
+        for number in range(4):
+            twin = copy.deepcopy(model.module)
+            optimizer.zero_grad()
+            loss_of(twin, number).backward()
+            loss_of(model, number).backward()
+            everyone = harness.gather([array(p.grad, p) for p in twin.parameters()])
+            expected = [oracle.trimmed_mean([worker[i] for worker in everyone]) for i in range(len(parameters))]
+            assert oracle.error([array(p.grad, p) for p in parameters], expected) < 1e-6
+            optimizer.step()
+        assert_equal_bits(parameters)
+
+
+@pytest.mark.ranks(4, launcher="torchrun")
+def test_an_aggregator_that_works_element_by_element(cluster):
+    cluster.run(elements)
