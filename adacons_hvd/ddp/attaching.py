@@ -22,7 +22,7 @@ from ..torch_amp import aggregate_before_unscaling
 from .notes import Notes
 from .reducer import Reducer, looked_after
 
-__all__ = ["attach"]
+__all__ = ["TIMEOUT", "attach", "check_timeout", "end_after_messages", "has_closure", "unwrapped"]
 
 #: For how many seconds a rank waits in attach() for the others.
 TIMEOUT = 300.0
@@ -130,10 +130,10 @@ def attach(
     0
     """
     _check_model(model)
-    notes = Notes(model.process_group)
+    notes = Notes(model.process_group, "adacons_hvd.ddp.attach()")
     try:
-        _check_timeout(timeout)
-        optimizers = _unwrapped(optimizer)
+        check_timeout(timeout)
+        optimizers = unwrapped(optimizer)
         settings = Settings.checked(
             Parameters(torch.is_tensor, id),
             aggregator=aggregator,
@@ -156,7 +156,7 @@ def attach(
     notes.clear()
     if aggregator is None:
         return
-    _end_after_messages()
+    end_after_messages()
     model.register_comm_hook(reducer, adacons_hook)
     reducer.watch()
     aggregate_before_unscaling()
@@ -190,7 +190,7 @@ def _reducer_of(model: DistributedDataParallel) -> Reducer | None:
 
 
 @functools.cache
-def _end_after_messages() -> None:
+def end_after_messages() -> None:
     """Let go of the interpreter for a moment before it ends.
 
     gloo's threads hold the tensors of the last messages until they get hold of the interpreter. Otherwise a script that
@@ -230,13 +230,13 @@ class _BeforeStep:
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A closure makes the gradients that the step uses only now, so they are looked at afterwards.
-        if not _has_closure(args, kwargs):
+        if not has_closure(args, kwargs):
             _check_step(self.reducer)
 
 
 class _AfterStep(_BeforeStep):
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _has_closure(args, kwargs):
+        if has_closure(args, kwargs):
             _check_step(self.reducer)
 
 
@@ -246,12 +246,12 @@ def _check_step(reducer: Reducer) -> None:
     reducer.check_step()
 
 
-def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     # The first argument is the optimizer itself.
     return any(callable(argument) for argument in [*args[1:], *kwargs.values()])
 
 
-def _unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
+def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The optimizer and, if it wraps another, that one, and so on; the last takes the steps."""
     found = [optimizer]
     while isinstance(inner := getattr(found[-1], "optimizer", None), torch.optim.Optimizer):
@@ -263,7 +263,7 @@ def _unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
     return found
 
 
-def _check_timeout(timeout: Any) -> None:
+def check_timeout(timeout: Any) -> None:
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
 
@@ -275,7 +275,7 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             f"{type(model).__name__} has DTensor parameters, as fully_shard() and tensor parallelism make them: every "
             "rank holds another part, so there are no gradients of the same thing to aggregate; attach() takes a "
-            "DistributedDataParallel of whole parameters"
+            "DistributedDataParallel of whole parameters, and adacons_hvd.fsdp.attach() what fully_shard() made"
         )
     raise TypeError(
         f"model must be a DistributedDataParallel, got {type(model).__name__}; wrap the module "

@@ -44,11 +44,17 @@ class Stop(NamedTuple):
 
 
 class Notes:
-    """The notes of one ``attach()``. Ranks are named as in the whole job, even if the model has a group of its own."""
+    """The notes of one ``attach()``. Ranks are named as in the whole job, even if the model has a group of its own.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    Args:
+        group: the process group of the ranks.
+        call: how errors name the function that all ranks have to call.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, call: str) -> None:
         self.ranks: list[int] = dist.get_process_group_ranks(group)
         self._group = group
+        self._call = call
         self._me = self.ranks[dist.get_rank(group)]
         number = _calls.get(group, 0)
         _calls[group] = number + 1
@@ -68,7 +74,7 @@ class Notes:
             raise DisagreementError(f"attach() failed on {by_ranks([verdict['failed']])}: {verdict['why']}")
         if verdict["missing"]:
             raise DisagreementError(
-                f"{by_ranks(verdict['missing'])} did not call adacons_hvd.ddp.attach() within {verdict['waited']:g} "
+                f"{by_ranks(verdict['missing'])} did not call {self._call} within {verdict['waited']:g} "
                 "seconds of another; every rank of the model's process group has to, and timeout= says how long the "
                 "others wait"
             )
@@ -85,7 +91,7 @@ class Notes:
         while not work.is_completed():
             if time.monotonic() > deadline:
                 raise DisagreementError(
-                    f"some rank did not call adacons_hvd.ddp.attach() within {timeout:g} seconds of another, and "
+                    f"some rank did not call {self._call} within {timeout:g} seconds of another, and "
                     f"{dist.get_backend(self._group)} cannot tell which; every rank of the model's process group has to"
                 )
             time.sleep(0.001)

@@ -32,7 +32,7 @@ framework and no communication library is named here; gradients come in through
 from .base import Bucket, Combination, DenseBucket, Schedule, Segment, Transfer
 from .gather import Gather
 from .half import HalfPass
-from .one_pass import OnePass
+from .one_pass import OnePass, Scatter
 from .sketch import Sketch
 from .sparse import SparseBucket
 from .step import Step
@@ -43,6 +43,7 @@ __all__ = [
     "Bucket",
     "Combination",
     "DenseBucket",
+    "Scatter",
     "Schedule",
     "Segment",
     "SparseBucket",

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from ..collectives import Pending
 from ..ops import Tensor
-from .base import DenseBucket, Schedule, Segment, Transfer
+from .base import DenseBucket, Done, Schedule, Segment, Transfer
 from .rows import RowsTransfer
 
 if TYPE_CHECKING:
     from ..costs import Rates
 
-__all__ = ["OnePass"]
+__all__ = ["OnePass", "Scatter"]
 
 
 class OnePass(Schedule):
@@ -62,3 +62,25 @@ class _OnePassTransfer(RowsTransfer):
             start, stop = max(start - first, 0), min(stop - first, length)
             if start < stop:
                 yield Segment(start, stop, group)
+
+
+class Scatter(OnePass):
+    """``one-pass`` without its last collective: every worker keeps the shard that it has aggregated.
+
+    For training in which each worker holds a shard of the parameters and of nothing else. Half the traffic of an
+    average, which is that of the reduce-scatter it stands for. A user cannot ask for it by name, because it does not
+    leave the result on every worker.
+    """
+
+    def transfer(self, bucket: DenseBucket) -> Transfer:
+        return _ScatterTransfer(self)
+
+
+class _ScatterTransfer(_OnePassTransfer):
+    def scratch(
+        self, bucket: DenseBucket, purpose: str, length: int, like: Tensor = None, half: bool = False
+    ) -> Tensor | None:
+        return None  # kept memory would be as large as the whole model's gradient, which sharding is there to avoid
+
+    def send(self, bucket: DenseBucket, combined: Tensor) -> Pending:
+        return Done(combined)

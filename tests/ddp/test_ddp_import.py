@@ -22,14 +22,20 @@ else:
 
 import doctest
 import torch
-import adacons_hvd.ddp
-import adacons_hvd.ddp.attaching, adacons_hvd.engine.session, adacons_hvd.collectives.distributed
+import adacons_hvd.ddp, adacons_hvd.fsdp
+import adacons_hvd.ddp.attaching, adacons_hvd.fsdp.attaching
+import adacons_hvd.engine.session, adacons_hvd.collectives.distributed
 
 # Each example starts the process group, which a process should do once.
 torch.distributed.init_process_group("gloo")
 torch.distributed.init_process_group = lambda backend: None
 failed = tried = 0
-for module in (adacons_hvd.collectives.distributed, adacons_hvd.ddp.attaching, adacons_hvd.engine.session):
+for module in (
+    adacons_hvd.collectives.distributed,
+    adacons_hvd.ddp.attaching,
+    adacons_hvd.fsdp.attaching,
+    adacons_hvd.engine.session,
+):
     result = doctest.testmod(module)
     failed, tried = failed + result.failed, tried + result.attempted
 torch.distributed.destroy_process_group()

@@ -1,0 +1,242 @@
+"""``attach``: a sharded model and its optimizer get an aggregator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..aggregators import Aggregator
+from ..ddp.attaching import TIMEOUT, check_timeout, end_after_messages, has_closure, unwrapped
+from ..ddp.notes import Notes
+from ..engine.memory import STATE_KEY
+from ..engine.settings import Parameters, Settings
+from ..torch_amp import aggregate_before_unscaling
+from .reducer import Reducer
+from .units import Unit, units_of
+
+__all__ = ["attach"]
+
+
+def attach(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    aggregator: Aggregator | None,
+    *,
+    granularity: str = "unit",
+    grad_scaler: Any = None,
+    timeout: float = TIMEOUT,
+) -> None:
+    """Let an aggregator combine the gradients of a sharded model's workers, instead of averaging.
+
+    Every rank calls this once, after ``fully_shard()`` and after making the optimizer, and before the first forward
+    pass. From then on FSDP's own reduction, during ``backward()``, leaves every rank its shard of the aggregated
+    gradient. All that FSDP offers (mixed precision, ``reshard_after_forward``, offloading, prefetching,
+    ``set_requires_gradient_sync(False)`` to accumulate) works as before, and ``torch.nn.utils.clip_grad_norm_`` clips
+    by the norm of the aggregated gradient.
+
+    Args:
+        model: a module with every trainable parameter in some unit of ``fully_shard()``, among all ranks of one
+            process group.
+        optimizer: an optimizer of its parameters. Whatever its kind, it is only told what happens.
+        aggregator: for example ``AdaCons()``. With None, FSDP averages as ever; a rank that has None while others have
+            an aggregator is told so, and they are too.
+        granularity: which parameters share one weight per worker. ``"unit"``, those of one ``fully_shard()``, is the
+            only choice: weights for the whole model are known when backward ends, and until then every rank would have
+            to keep a gradient as large as the unsharded model.
+        grad_scaler: the ``torch.amp.GradScaler`` in use, if any. Scaled gradients have to be known as such, because the
+            length of AdaCons' result under ``scale="unit"`` does not follow that of the gradients.
+        timeout: for how many seconds this call waits for the other ranks to make it. Then all that did raise an error
+            that names those that did not.
+
+    Afterwards ``optimizer.aggregator`` is the aggregator, and ``optimizer.report`` a
+    :class:`adacons_hvd.report.Report` on the last step, with one row a unit, in the order of the model's modules; it is
+    None before the first.
+
+    What the aggregator remembers is part of the optimizer's state, in its first parameter group, because that is where
+    ``torch.distributed.checkpoint`` lets it through. Saved by any number of workers, it is taken up by any other. (It
+    is text, which the option ``flatten_optimizer_state_dict`` refuses.)
+
+    A reduction that takes place more than once before the optimizer's step, as when gradients are accumulated *with*
+    synchronisation, is aggregated each time, and FSDP adds the results up.
+
+    With ``nonfinite="raise"`` the error comes out of ``backward()``, on every rank, and a step along these gradients is
+    a :class:`adacons_hvd.engine.replicas.StrayStepError`.
+
+    Start this with ``torchrun --nproc-per-node 2 script.py``:
+
+    >>> import torch
+    >>> import adacons_hvd.fsdp
+    >>> from adacons_hvd import AdaCons
+    >>> from torch.distributed.fsdp import fully_shard
+    >>> torch.distributed.init_process_group("gloo")
+    >>> mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    >>> model = fully_shard(torch.nn.Linear(3, 2), mesh=mesh)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> adacons_hvd.fsdp.attach(model, optimizer, AdaCons())
+    >>> model(torch.ones(2, 3)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.report.fallbacks
+    0
+    """
+    if granularity != "unit":
+        raise ValueError(
+            f'granularity must be "unit", got {granularity!r}: under FSDP each fully_shard()ed module has its own '
+            "weights; others would take a gradient as large as the unsharded model on every rank"
+        )
+    units = _units(model)
+    group = _process_group(units)
+    notes = Notes(group, "adacons_hvd.fsdp.attach()")
+    try:
+        check_timeout(timeout)
+        optimizers = unwrapped(optimizer)
+        settings = Settings.checked(
+            Parameters(torch.is_tensor, id),
+            aggregator=aggregator,
+            granularity=[unit.parameters for unit in units],
+            grad_scaler=grad_scaler,
+        )
+        _check(model, units, optimizers)
+        if aggregator is not None:
+            _check_free(units, group)
+        reducer = Reducer(model, units, optimizers, settings, notes)
+    except Exception as error:
+        notes.fail(error)
+        raise
+    notes.meet(timeout)
+    reducer.agree()
+    notes.clear()
+    if aggregator is None:
+        return
+    end_after_messages()
+    reducer.take_over()
+    aggregate_before_unscaling()
+    optimizers[-1].register_step_pre_hook(_BeforeStep(reducer))
+    optimizers[-1].register_step_post_hook(_AfterStep(reducer))
+    for each in optimizers:
+        told: Any = each
+        told.aggregator = aggregator
+        told.report = None
+        told._adacons_unscaling = reducer.unscaling
+        # One that only wraps another, and asks it for its state, can lack what hooks need.
+        if hasattr(each, "_optimizer_state_dict_post_hooks"):
+            each.register_state_dict_post_hook(_Save(reducer))
+            each.register_load_state_dict_pre_hook(_Load(reducer))
+
+
+class _Save:
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer = reducer
+
+    def __call__(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        state["param_groups"][0][STATE_KEY] = self.reducer.save()
+
+
+class _Load:
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer = reducer
+
+    def __call__(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        # A state without ours changes nothing of ours. The groups are the user's own, so they are copied.
+        groups = [dict(group) for group in state["param_groups"]]
+        for group in groups:
+            ours = group.pop(STATE_KEY, None)
+            if ours is not None:
+                self.reducer.load(ours)
+        return {**state, "param_groups": groups}
+
+
+class _BeforeStep:
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer = reducer
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A closure makes the gradients that the step uses only now, so they are looked at afterwards.
+        if not has_closure(args, kwargs):
+            _check_step(self.reducer)
+
+
+class _AfterStep(_BeforeStep):
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if has_closure(args, kwargs):
+            _check_step(self.reducer)
+        self.reducer.after_step()
+
+
+# A compiled step must look every time, too.
+@torch.compiler.disable
+def _check_step(reducer: Reducer) -> None:
+    reducer.check_step()
+
+
+def _units(model: Any) -> list[Unit]:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module after fully_shard(), got {type(model).__name__}")
+    try:
+        units = units_of(model)
+    except ImportError:
+        raise ImportError(f"fully_shard() came with PyTorch 2.6, and this is {torch.__version__}") from None
+    if not units:
+        raise TypeError(
+            f"no module of {type(model).__name__} was given to fully_shard(); shard the model first, or use "
+            "adacons_hvd.ddp.attach() for a DistributedDataParallel"
+        )
+    return units
+
+
+def _process_group(units: Sequence[Unit]) -> dist.ProcessGroup:
+    """The one group of ranks among which all units are sharded."""
+    for unit in units:
+        group = unit.process_group
+        mesh: Any = getattr(unit.parameters[0], "device_mesh", None)
+        if group is None or mesh is None or mesh.ndim != 1:
+            raise ValueError(
+                f"unit {unit.name} lives on the mesh {mesh}, but aggregation needs one dimension, along which "
+                "parameters are sharded: with replicas of shards (HSDP), or tensor parallelism, a worker's gradient is "
+                "spread over ranks that this reduction does not see"
+            )
+        if dist.get_process_group_ranks(group) != dist.get_process_group_ranks(units[0].process_group):
+            raise ValueError(f"units {units[0].name} and {unit.name} are sharded among different ranks; use one mesh")
+    group = units[0].process_group
+    assert group is not None
+    return group
+
+
+def _check(model: torch.nn.Module, units: Sequence[Unit], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    names = {id(p): name for name, p in model.named_parameters()}
+    sharded = {id(p) for unit in units for p in unit.parameters}
+    if not sharded <= names.keys():
+        raise RuntimeError("the model's parameters are not sharded now: call attach() before the first forward pass")
+    alone = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in sharded]
+    if alone:
+        raise ValueError(
+            f"{len(alone)} of the model's parameters, the first of them {alone[0]}, belong to no unit of "
+            "fully_shard(): nothing reduces their gradients and every rank would train them alone; give the whole "
+            "model to fully_shard() as well, or freeze them"
+        )
+    if any(hasattr(optimizer, "report") for optimizer in optimizers):
+        raise ValueError("this optimizer has an aggregator already")
+    owned = {id(p) for group in optimizers[-1].param_groups for p in group["params"]}
+    if not owned & sharded:
+        raise ValueError(
+            "the optimizer has none of the model's parameters; fully_shard() makes them anew, so make the optimizer "
+            "after it"
+        )
+
+
+def _check_free(units: Sequence[Unit], group: dist.ProcessGroup) -> None:
+    if dist.get_world_size(group) == 1:
+        raise ValueError("FSDP reduces nothing on a single rank, so an aggregator would never be asked; pass None")
+    for unit in units:
+        if unit.is_custom:
+            raise ValueError(
+                f"unit {unit.name} has another reduce-scatter than FSDP's own, perhaps from an earlier attach(), and "
+                "an aggregator would take its place"
+            )
+        if unit.divides is not None:
+            raise ValueError(
+                f"unit {unit.name} has set_gradient_divide_factor({unit.divides}), which says what a sum is divided "
+                "by; an aggregator makes no sum, so leave the factor out"
+            )
