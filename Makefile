@@ -64,6 +64,10 @@ soak: setup ## the long tests: endurance, an hour of random jobs, every number o
 docker-test: ## build the Docker image, run the MPI tests in it and across a two-node cluster
 	@docker/test.sh
 
+.PHONY: release-check
+release-check: setup ## build the release, install it into empty environments and try it there
+	@$(RUN) python tests/release_check.py
+
 .PHONY: gpu-test
 gpu-test: ## what needs a GPU: tests and benchmarks with PYTHON's PyTorch; GPU_WHEELS=dir where there is no registry
 	@tests/gpu/run.sh

@@ -2,7 +2,7 @@
 
 This module holds the aggregators and imports no framework. The bindings are beside it:
 ``adacons_hvd.torch`` stands in for ``horovod.torch``, ``adacons_hvd.ddp`` serves PyTorch's own
-DistributedDataParallel.
+DistributedDataParallel, and ``adacons_hvd.fsdp`` what ``fully_shard`` has sharded.
 
 >>> import torch
 >>> from adacons_hvd import AdaCons
@@ -23,4 +23,4 @@ __all__ = [
     "__version__",
 ]
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
