@@ -145,7 +145,7 @@ def check_contents(sdist: Path, wheel: Path) -> list[Requirement]:
 
 def check_extras(requirements: Iterable[Requirement]) -> None:
     """Every extra takes the releases that are tested, where there are such."""
-    tested = {}
+    tested: dict[str, str] = {}
     for group in PROJECT["dependency-groups"].values():
         for line in group:
             if isinstance(line, str):
@@ -196,7 +196,8 @@ def check_training(wheel: Path) -> None:
         f"{Path(sys.prefix) / 'lib' / site.parent.name / 'site-packages'}\n", encoding="utf-8"
     )
     (OUT / "job.py").write_text(JOB, encoding="utf-8")
-    torchrun = [programs / "python", "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    torchrun: list[str | Path] = [programs / "python", "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--local-addr", "localhost"]
     printed = run(*torchrun, "--nproc-per-node", "2", OUT / "job.py")
     lines = [line for line in printed.splitlines() if " from " in line]
     need([line.split()[0] for line in lines] == ["ddp", "fsdp"], printed)

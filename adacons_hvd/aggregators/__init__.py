@@ -21,6 +21,7 @@ from .checkpoint import Memory, pack_memory, unpack_memory
 from .curvature import Curvature
 from .mean import Mean
 from .normalized_mean import NormalizedMean
+from .torchjd import from_torchjd
 
 __all__ = [
     "AdaCons",
@@ -32,6 +33,7 @@ __all__ = [
     "NormalizedMean",
     "Statistics",
     "average_weights",
+    "from_torchjd",
     "pack_memory",
     "table_of",
     "unpack_memory",

@@ -22,6 +22,7 @@ MODULES = [
 @pytest.mark.parametrize(
     "module",
     [
+        "aggregators.torchjd",
         "engine.protocol",
         "engine.replicas",
         "engine.settings",
