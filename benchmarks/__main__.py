@@ -40,6 +40,10 @@ def cases(full: bool) -> list[Case]:
         case = {"framework": framework, "model": model, "contenders": list(contenders), "turns": 20, "seconds": seconds}
         return "steps", Cluster(1, 2), case
 
+    def sharded(cluster: Cluster) -> Case:
+        case = {"framework": "fsdp", "model": "wide", "contenders": ["average", "one-pass"], "turns": 20, "seconds": 60}
+        return "steps", cluster, case
+
     # Between hosts nobody gathers millions of elements; it would take most of the time.
     sensible = [name for name in EVERYTHING if name != "gather"]
     chosen = [
@@ -48,6 +52,7 @@ def cases(full: bool) -> list[Case]:
         collectives(Cluster(8, 1, 1000), [4_000_000], sensible),
         collectives(Cluster(4, 2, 1000), [4_000_000], sensible),
         collectives(Cluster(2, 4, 1000), [4_000_000], sensible),
+        *(sharded(Cluster(hosts, 1, 1000)) for hosts in (2, 4, 8)),
     ]
     if full:
         small = [10_000, 100_000, 1_000_000]

@@ -14,7 +14,13 @@ Loss = Callable[[nn.Module], torch.Tensor]
 
 def make(name: str, rank: int) -> tuple[nn.Module, Loss]:
     torch.manual_seed(0)
-    build = {"cnn": _cnn, "resnet-50": _resnet, "transformer": _transformer, "recommender": _recommender}[name]
+    build = {
+        "cnn": _cnn,
+        "resnet-50": _resnet,
+        "transformer": _transformer,
+        "recommender": _recommender,
+        "wide": _wide,
+    }[name]
     return build(torch.Generator().manual_seed(rank))
 
 
@@ -34,6 +40,13 @@ def _cnn(generator: torch.Generator) -> tuple[nn.Module, Loss]:
     )
     images, labels = torch.randn(32, 1, 28, 28, generator=generator), torch.randint(10, (32,), generator=generator)
     return model, lambda model: functional.cross_entropy(model(images), labels)
+
+
+def _wide(generator: torch.Generator) -> tuple[nn.Module, Loss]:
+    """4.2 million parameters in four layers; a batch of 8, so that nearly all of a step is communication."""
+    model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(4)])
+    inputs, targets = torch.randn(2, 8, 1024, generator=generator)
+    return model, lambda model: functional.mse_loss(model(inputs), targets)
 
 
 class _Bottleneck(nn.Module):

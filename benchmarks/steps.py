@@ -1,8 +1,8 @@
 """One rank: whole training steps with averaging and with AdaCons, and what memory they take.
 
-The peer is plain Horovod in PyTorch, DDP's own hook in DDP, and in Keras, where plain Horovod does
-nothing, this package's optimizer without an aggregator. All train by plain SGD, the cheapest
-optimizer, so that nothing hides what aggregation costs.
+The peer is plain Horovod in PyTorch, DDP's own hook in DDP, FSDP's own reduce-scatter in FSDP, and in
+Keras, where plain Horovod does nothing, this package's optimizer without an aggregator. All train by
+plain SGD, the cheapest optimizer, so that nothing hides what aggregation costs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,6 @@ def with_torch(folder: Path) -> tuple[Group, MakeTrainer]:
 
 def with_ddp(folder: Path) -> tuple[Group, MakeTrainer]:
     import torch
-    import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
     import adacons_hvd.ddp as adacons
@@ -65,12 +65,10 @@ def with_ddp(folder: Path) -> tuple[Group, MakeTrainer]:
     from adacons_hvd.ops.torch import digest
     from benchmarks.models import make
 
-    rank, size = (int(os.environ[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE"))
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'ranks'}", rank=rank, world_size=size)
-    torch.set_num_threads(1)
+    world = over_gloo(folder)
 
     def trainer(name: str, contender: str) -> Trainer:
-        inner, loss = make(name, rank)
+        inner, loss = make(name, world.rank())
         model = DistributedDataParallel(inner)
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         if contender != "average":
@@ -83,6 +81,53 @@ def with_ddp(folder: Path) -> tuple[Group, MakeTrainer]:
 
         return once, lambda: int(digest(model.parameters())), sum(p.numel() for p in model.parameters())
 
+    return world, trainer
+
+
+def with_fsdp(folder: Path) -> tuple[Group, MakeTrainer]:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    import adacons_hvd.fsdp as adacons
+    from adacons_hvd import AdaCons
+    from adacons_hvd.ops.torch import digest
+    from benchmarks.models import make
+
+    world = over_gloo(folder)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def trainer(name: str, contender: str) -> Trainer:
+        model, loss = make(name, world.rank())
+        for layer in model.children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        if contender != "average":
+            adacons.attach(model, optimizer, AdaCons())
+
+        def once() -> None:
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+
+        shards = [p.to_local() for p in model.parameters()]  # type: ignore[attr-defined]
+        return once, lambda: int(digest(shards)), sum(p.numel() for p in model.parameters())
+
+    return world, trainer
+
+
+def over_gloo(folder: Path) -> Group:
+    """The ranks that mpirun has started, as a process group of PyTorch's."""
+    import torch
+    import torch.distributed as dist
+
+    card = next((name for _, name in socket.if_nameindex() if name == "card"), "lo")
+    os.environ["GLOO_SOCKET_IFNAME"] = card
+    rank, size = (int(os.environ[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE"))
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'ranks'}", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+
     class World:
         rank = staticmethod(dist.get_rank)
         barrier = staticmethod(dist.barrier)
@@ -93,7 +138,7 @@ def with_ddp(folder: Path) -> tuple[Group, MakeTrainer]:
             dist.all_gather_object(values, value)
             return values
 
-    return World(), trainer
+    return World()
 
 
 def with_keras(folder: Path) -> tuple[Group, MakeTrainer]:
@@ -134,7 +179,7 @@ def with_keras(folder: Path) -> tuple[Group, MakeTrainer]:
 
 def main() -> None:
     case, results = arguments()
-    prepare = {"torch": with_torch, "ddp": with_ddp, "keras": with_keras}[case["framework"]]
+    prepare = {"torch": with_torch, "ddp": with_ddp, "fsdp": with_fsdp, "keras": with_keras}[case["framework"]]
     group, trainer = prepare(results.parent)
     # One model after the other may be measured in a process; what memory each takes only if it is the first.
     trainers = {contender: trainer(case["model"], contender) for contender in case["contenders"]}
