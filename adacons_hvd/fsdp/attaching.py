@@ -56,8 +56,7 @@ def attach(
     None before the first.
 
     What the aggregator remembers is part of the optimizer's state, in its first parameter group, because that is where
-    ``torch.distributed.checkpoint`` lets it through. Saved by any number of workers, it is taken up by any other. (It
-    is text, which the option ``flatten_optimizer_state_dict`` refuses.)
+    ``torch.distributed.checkpoint`` lets it through. Saved by any number of workers, it is taken up by any other.
 
     A reduction that takes place more than once before the optimizer's step, as when gradients are accumulated *with*
     synchronisation, is aggregated each time, and FSDP adds the results up.
@@ -122,8 +121,10 @@ def attach(
         told._adacons_unscaling = reducer.unscaling
         # One that only wraps another, and asks it for its state, can lack what hooks need.
         if hasattr(each, "_optimizer_state_dict_post_hooks"):
+            _make_place(each)
             each.register_state_dict_post_hook(_Save(reducer))
             each.register_load_state_dict_pre_hook(_Load(reducer))
+            each.register_load_state_dict_post_hook(_make_place)
 
 
 class _Save:
@@ -138,14 +139,16 @@ class _Load:
     def __init__(self, reducer: Reducer) -> None:
         self.reducer = reducer
 
-    def __call__(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        # A state without ours changes nothing of ours. The groups are the user's own, so they are copied.
-        groups = [dict(group) for group in state["param_groups"]]
-        for group in groups:
-            ours = group.pop(STATE_KEY, None)
-            if ours is not None:
-                self.reducer.load(ours)
-        return {**state, "param_groups": groups}
+    def __call__(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        # A state without ours changes nothing of ours.
+        for group in state["param_groups"]:
+            if group.get(STATE_KEY):
+                self.reducer.load(group[STATE_KEY])
+
+
+def _make_place(optimizer: torch.optim.Optimizer) -> None:
+    """Make the place in the optimizer's own groups, too, which torch.distributed.checkpoint may take for a pattern."""
+    optimizer.param_groups[0][STATE_KEY] = ""
 
 
 class _BeforeStep:

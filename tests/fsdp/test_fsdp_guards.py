@@ -151,7 +151,7 @@ def resumed(folder: str, how: str) -> None:
             loss_of(model, step).backward()
             optimizer.step()
 
-    options = StateDictOptions(full_state_dict="full" in how)
+    options = StateDictOptions(full_state_dict="full" in how, flatten_optimizer_state_dict="flat" in how)
     model = sharded(network(1))
     optimizer = attached(model, make)
     train(model, optimizer, range(3))
@@ -164,7 +164,7 @@ def resumed(folder: str, how: str) -> None:
     other = sharded(network(2))
     resuming = attached(other, make)
     if "full" not in how:
-        weights, state = get_state_dict(other, resuming)
+        weights, state = get_state_dict(other, resuming, options=options)
         dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(other, resuming, model_state_dict=weights, optim_state_dict=state, options=options)
     train(other, resuming, range(3, 6))
@@ -174,7 +174,7 @@ def resumed(folder: str, how: str) -> None:
     dist.barrier()
 
 
-@pytest.mark.parametrize("how", ["adam", "sgd", "adam, full"])
+@pytest.mark.parametrize("how", ["adam", "sgd", "adam, full", "adam, flat"])
 def test_checkpoints_by_torchs_distributed_checkpoint(cluster, how, tmp_path):
     cluster.run(resumed, str(tmp_path / "checkpoint"), how)
 
