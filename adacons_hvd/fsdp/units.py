@@ -98,5 +98,6 @@ def units_of(model: torch.nn.Module) -> list[Unit]:
             insides = module._get_fsdp_state()._fsdp_param_group
             if insides is not None and id(insides) not in found:
                 # As it is called without torch.compile(), so that either can go on from the other's checkpoint.
-                found[id(insides)] = Unit(name.replace("_orig_mod.", "") or "(root)", module, insides)
+                plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
+                found[id(insides)] = Unit(plain or "(root)", module, insides)
     return list(found.values())

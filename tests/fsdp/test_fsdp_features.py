@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 pytestmark = [pytest.mark.ranks(2, launcher="torchrun"), pytest.mark.time_limit(120)]
@@ -83,6 +85,36 @@ def test_a_loss_scale_changes_nothing(cluster):
 def test_a_scaler_that_attach_was_not_told_of_is_refused(cluster):
     for _, message in cluster.run(scaled, False):
         assert "a GradScaler unscales the gradients, but attach() was given no grad_scaler" in message
+
+
+def compiled() -> float:
+    """A compiled model goes on from the state of one that is not: how far apart they end."""
+    import torch
+    from fsdp_job import attached, loss_of, network, off, sharded, whole
+
+    model, other = sharded(network(5)), sharded(network(5))
+    fast = torch.compile(other)
+    optimizer, resuming = attached(model), attached(fast)
+
+    def step(trained, optimizer, number):
+        optimizer.zero_grad()
+        loss_of(trained, number).backward()
+        optimizer.step()
+
+    for number in range(2):
+        step(model, optimizer, number)
+    other.load_state_dict(model.state_dict())
+    resuming.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which would share momentum
+    for number in range(2, 4):
+        step(model, optimizer, number)
+        step(fast, resuming, number)
+    assert resuming.report.steps == 4
+    return off(whole(other.parameters()), whole(model.parameters()))
+
+
+def test_a_compiled_model(cluster):
+    for far in cluster.run(compiled):
+        assert far < 1e-12
 
 
 def branches() -> tuple[list[int], list[list[int]]]:
