@@ -38,8 +38,9 @@ def attach(
     by the norm of the aggregated gradient.
 
     Args:
-        model: a module with every trainable parameter in some unit of ``fully_shard()``, among all ranks of one
-            process group.
+        model: a module with every trainable parameter in some unit of ``fully_shard()``, all on one mesh. On a mesh of
+            two dimensions (HSDP: replicas, each sharded) every replica is one worker, whose gradient is the mean of its
+            ranks'.
         optimizer: an optimizer of its parameters. Whatever its kind, it is only told what happens.
         aggregator: for example ``AdaCons()``. With None, FSDP averages as ever; a rank that has None while others have
             an aggregator is told so, and they are too.
@@ -86,7 +87,8 @@ def attach(
             "weights; others would take a gradient as large as the unsharded model on every rank"
         )
     units = _units(model)
-    group = _process_group(units)
+    _check_mesh(units)
+    group = _everyone(units[0])
     notes = Notes(group, "adacons_hvd.fsdp.attach()")
     try:
         check_timeout(timeout)
@@ -99,8 +101,8 @@ def attach(
         )
         _check(model, units, optimizers)
         if aggregator is not None:
-            _check_free(units, group)
-        reducer = Reducer(model, units, optimizers, settings, notes)
+            _check_free(units, aggregator)
+        reducer = Reducer(model, units, group, optimizers, settings, notes)
     except Exception as error:
         notes.fail(error)
         raise
@@ -189,21 +191,30 @@ def _units(model: Any) -> list[Unit]:
     return units
 
 
-def _process_group(units: Sequence[Unit]) -> dist.ProcessGroup:
-    """The one group of ranks among which all units are sharded."""
+def _check_mesh(units: Sequence[Unit]) -> None:
+    """Refuse units whose gradients the reduction does not see as a whole, or that live on different ranks."""
     for unit in units:
-        group = unit.process_group
-        mesh: Any = getattr(unit.parameters[0], "device_mesh", None)
-        if group is None or mesh is None or mesh.ndim != 1:
+        dimensions = 1 if unit.replicas is None else 2
+        if unit.shards is None or unit.mesh is None or unit.mesh.ndim != dimensions:
             raise ValueError(
-                f"unit {unit.name} lives on the mesh {mesh}, but aggregation needs one dimension, along which "
-                "parameters are sharded: with replicas of shards (HSDP), or tensor parallelism, a worker's gradient is "
-                "spread over ranks that this reduction does not see"
+                f"unit {unit.name} lives on the mesh {unit.mesh}, but aggregation needs one dimension along which "
+                "parameters are sharded, and perhaps one along which shards are replicated: with tensor parallelism a "
+                "worker's gradient is spread over ranks that the reduction does not see"
             )
-        if dist.get_process_group_ranks(group) != dist.get_process_group_ranks(units[0].process_group):
-            raise ValueError(f"units {units[0].name} and {unit.name} are sharded among different ranks; use one mesh")
-    group = units[0].process_group
-    assert group is not None
+        if unit.mesh.mesh.tolist() != units[0].mesh.mesh.tolist():
+            raise ValueError(f"units {units[0].name} and {unit.name} live on different ranks; use one mesh")
+
+
+def _everyone(unit: Unit) -> dist.ProcessGroup:
+    """The group of all ranks of a unit's mesh."""
+    if unit.replicas is None:
+        assert unit.shards is not None
+        return unit.shards
+    ranks = sorted(unit.mesh.mesh.flatten().tolist())
+    if ranks == list(range(dist.get_world_size())):
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    group: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
     return group
 
 
@@ -229,9 +240,21 @@ def _check(model: torch.nn.Module, units: Sequence[Unit], optimizers: Sequence[t
         )
 
 
-def _check_free(units: Sequence[Unit], group: dist.ProcessGroup) -> None:
-    if dist.get_world_size(group) == 1:
-        raise ValueError("FSDP reduces nothing on a single rank, so an aggregator would never be asked; pass None")
+def _check_free(units: Sequence[Unit], aggregator: Aggregator) -> None:
+    shards, replicas = units[0].shards, units[0].replicas
+    if dist.get_world_size(shards) == 1:
+        raise ValueError(
+            "FSDP scatters nothing among a single rank, so an aggregator would never be asked; pass None, or use "
+            "adacons_hvd.ddp.attach() for replicas that are not sharded"
+        )
+    if replicas is not None and dist.get_world_size(replicas) == 1:
+        raise ValueError(
+            "there is a single replica, and nobody to agree with: shard among all ranks, on a mesh of one dimension"
+        )
+    if replicas is not None and aggregator.nonfinite == "exclude":
+        raise ValueError(
+            'nonfinite="exclude" is for workers, and under HSDP no rank sees the whole gradient of a replica'
+        )
     for unit in units:
         if unit.is_custom:
             raise ValueError(

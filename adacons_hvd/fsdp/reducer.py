@@ -6,6 +6,8 @@ mean of one. :meth:`Reducer.reduce` stands in its place: an alltoall gives every
 shard, one small sum completes their inner products, and the shard of the aggregate is a weighted sum of what has
 arrived. A unit is a group: it has weights of its own, exact and at once, so nothing has to be kept until backward ends.
 
+With replicas of shards (HSDP) the workers are the replicas, see :mod:`adacons_hvd.fsdp.replicated`.
+
 All ranks reduce the same units in the same order, because FSDP itself would hang otherwise. So settings are compared
 once, in :meth:`Reducer.agree`. What the aggregator remembers is compared in the first step and in steps 1, 100, 200,
 ... (see :func:`adacons_hvd.engine.replicas.is_due`): it is not the same on all ranks where a state was loaded on some
@@ -39,6 +41,7 @@ from ..ops.torch import arithmetic, beside
 from ..report import Report
 from ..schedules import DenseBucket, Scatter, Segment, Step
 from ..torch_amp import unscale
+from .replicated import Replicated
 from .units import Unit
 
 __all__ = ["Reducer"]
@@ -53,6 +56,7 @@ class Reducer:
         self,
         model: torch.nn.Module,
         units: Sequence[Unit],
+        group: dist.ProcessGroup,
         optimizers: Sequence[torch.optim.Optimizer],
         settings: Settings,
         notes: Notes,
@@ -63,9 +67,9 @@ class Reducer:
         self._ranks = notes.ranks
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._parameters = [p for unit in units for p in unit.parameters]
-        group = units[0].process_group
-        assert group is not None
         self._collectives = TorchDistributed(group, units[0].device)
+        replicas = units[0].replicas
+        self._replicas = None if replicas is None else Replicated(replicas, self._collectives)
         #: What the aggregator remembers of each unit.
         self._states = [State() for _ in units]
         self._memories = Replicas(self._collectives, self._ranks, {})
@@ -110,7 +114,9 @@ class Reducer:
         if not self._decided or number in self._decided:
             self._begin()
         # FSDP can be told to use another group of the same ranks, so that messages of two kinds overlap.
-        workers = TorchDistributed(group, gradient.device)
+        workers = TorchDistributed(group, gradient.device) if self._replicas is None else self._replicas
+        if self._replicas is not None:
+            gradient = self._replicas.mean(gradient, shard, group)
         bucket = DenseBucket(f"adacons.{number}", gradient, [Segment(0, gradient.numel(), 0)], Scatter(workers))
         state = self._states[number]
         state.fit(aggregator, 1, workers.size, gradient)
@@ -125,9 +131,12 @@ class Reducer:
         state.memory = decision.memory
         self._decided[number] = decision, statistics
         if bucket.restore is not None:
-            piece = (0, shard.numel(), bucket.restore[0, 0])
+            piece = (0, bucket.buffer.numel(), bucket.restore[0, 0])
             ops_for(bucket.buffer).scale_segments(bucket.buffer, [piece])
-        shard.copy_(bucket.buffer)
+        if self._replicas is None:
+            shard.copy_(bucket.buffer)
+        else:
+            self._replicas.place(bucket.buffer, shard)
 
     def _begin(self) -> None:
         """Before the first unit of a step: see to it that all ranks remember the same."""

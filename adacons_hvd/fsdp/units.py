@@ -58,9 +58,20 @@ class Unit:
         return [getattr(place.module, place.param_name) for place in places]
 
     @property
-    def process_group(self) -> dist.ProcessGroup | None:
+    def mesh(self) -> Any:
+        """The ranks that its parameters live on; None where they are no DTensors."""
+        return getattr(self.parameters[0], "device_mesh", None)
+
+    @property
+    def shards(self) -> dist.ProcessGroup | None:
         """The ranks among which its parameters are sharded; None if they are not."""
         group: dist.ProcessGroup | None = getattr(self._insides.mesh_info, "shard_process_group", None)
+        return group
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same shard (HSDP); None if no other rank does."""
+        group: dist.ProcessGroup | None = getattr(self._insides.mesh_info, "replicate_process_group", None)
         return group
 
     @property

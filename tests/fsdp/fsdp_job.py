@@ -15,11 +15,14 @@ import adacons_hvd.fsdp
 from adacons_hvd import AdaCons
 
 
-def start() -> Any:
-    """The mesh of all ranks."""
+def start(replicas: int = 0) -> Any:
+    """The mesh of all ranks: of one dimension, or of so many replicas of shards."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    return dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    if not replicas:
+        return dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    shape = replicas, dist.get_world_size() // replicas
+    return dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.nn.Sequential:
@@ -38,9 +41,9 @@ def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.nn.Seque
 UNITS = [[4, 5], [0, 1], [2, 3]]
 
 
-def sharded(model: torch.nn.Sequential, **options: Any) -> torch.nn.Sequential:
+def sharded(model: torch.nn.Sequential, mesh: Any = None, **options: Any) -> torch.nn.Sequential:
     """The network with its first two layers as a unit each, and the last in the root's own."""
-    mesh = start()
+    mesh = start() if mesh is None else mesh
     for layer in (model[0], model[2]):
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
@@ -86,7 +89,9 @@ class Twin:
     Its gradients are this rank's own, and what it steps along is the oracle's aggregate of everyone's.
     """
 
-    def __init__(self, model: torch.nn.Module, make_optimizer: Optimizer, **settings: Any) -> None:
+    def __init__(self, model: torch.nn.Module, make_optimizer: Optimizer, together: int = 1, **settings: Any) -> None:
+        #: How many ranks in a row make one worker, whose gradient is the mean of theirs.
+        self.together = together
         self.model = copy.deepcopy(model)
         self.optimizer = make_optimizer(self.model.parameters())
         self.judge = oracle.Grouped(UNITS, **settings)
@@ -96,7 +101,9 @@ class Twin:
         self.optimizer.zero_grad()
         for loss in losses(self.model):
             loss.backward()
-        rows = everyone([p.grad.double().numpy() for p in parameters])
+        ranks = everyone([p.grad.double().numpy() for p in parameters])
+        replicas = [ranks[first : first + self.together] for first in range(0, len(ranks), self.together)]
+        rows = [[sum(same) / self.together for same in zip(*replica, strict=True)] for replica in replicas]
         for p, gradient in zip(parameters, self.judge(rows), strict=True):
             p.grad = torch.from_numpy(gradient).to(p.dtype)
         if clip:

@@ -25,8 +25,16 @@ def refused(case: str) -> str:
 
     mesh, aggregator, options = start(), None, {}
     model: Any = network()
-    if case == "hsdp":
-        model = fully_shard(model, mesh=dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")))
+    if case == "one replica":
+        model = fully_shard(model, mesh=start(1))
+    elif case == "replicas of one rank":
+        model = fully_shard(model, mesh=start(2))
+    elif case == "tensor parallel":
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        both = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, both["tp"], {"0": ColwiseParallel()})
+        model = fully_shard(model, mesh=both["dp"])
     elif case == "replicate":
         from torch.distributed._composable.replicate_with_fsdp import replicate
 
@@ -58,10 +66,12 @@ def refused(case: str) -> str:
 
 
 REFUSALS = {
-    "hsdp": "with replicas of shards (HSDP), or tensor parallelism, a worker's gradient is spread",
+    "one replica": "there is a single replica, and nobody to agree with",
+    "replicas of one rank": "FSDP scatters nothing among a single rank",
+    "tensor parallel": "with tensor parallelism a worker's gradient is spread",
     "replicate": "unit (root) lives on the mesh",
     "partly sharded": "4 of the model's parameters, the first of them 2.weight, belong to no unit",
-    "alone": "FSDP reduces nothing on a single rank",
+    "alone": "FSDP scatters nothing among a single rank",
     "not sharded": "no module of Sequential was given to fully_shard()",
     "granularity": "granularity must be \"unit\", got 'model'",
     "twice": "has another reduce-scatter than FSDP's own",

@@ -13,7 +13,7 @@ three = pytest.mark.ranks(3, launcher="torchrun")
 def train(steps: int, tolerance: float, how: dict[str, Any]) -> list[Any]:
     """Train both side by side; returns the report's schedule, steps, and number of units."""
     import torch
-    from fsdp_job import Twin, assert_same_everywhere, attached, loss_of, momentum, network, off, sharded, whole
+    from fsdp_job import Twin, assert_same_everywhere, attached, loss_of, momentum, network, off, sharded, start, whole
 
     from adacons_hvd import AdaCons
 
@@ -22,8 +22,10 @@ def train(steps: int, tolerance: float, how: dict[str, Any]) -> list[Any]:
     make = (lambda ps: torch.optim.Adam(ps, lr=0.01)) if adam else momentum
     settings, passes, clip = how.get("settings", {}), how.get("passes", 1), how.get("clip", 0)
     plain = network(7, dtype)
-    twin = Twin(plain, make, **settings)
-    model = sharded(plain, **how.get("options", {}))
+    replicas = how.get("replicas", 0)
+    mesh = start(replicas)
+    twin = Twin(plain, make, together=mesh.size(1) if replicas else 1, **settings)
+    model = sharded(plain, mesh, **how.get("options", {}))
     optimizer = attached(model, make, AdaCons(**settings))
     for step in range(steps):
         optimizer.zero_grad()
@@ -62,3 +64,15 @@ def test_parameters_are_those_of_the_oracle(cluster, dtype, tolerance):
 )
 def test_and_so_they_are(cluster, how):
     cluster.run(train, 6, 1e-11, how)
+
+
+@pytest.mark.ranks(4, launcher="torchrun")
+@pytest.mark.parametrize("how", [{}, {"passes": 2}, {"clip": 0.1}], ids=["", "accumulated", "clipped"])
+def test_two_replicas_of_two_shards(cluster, how):
+    for told in cluster.run(train, 6, 1e-11, {"replicas": 2, **how}):
+        assert told == ["one-pass", 6, 3]
+
+
+@pytest.mark.ranks(6, launcher="torchrun")
+def test_three_replicas_whose_parts_are_not_of_one_length(cluster):
+    cluster.run(train, 4, 1e-11, {"replicas": 3})
