@@ -241,6 +241,11 @@ def _check(model: torch.nn.Module, units: Sequence[Unit], optimizers: Sequence[t
 
 
 def _check_free(units: Sequence[Unit], aggregator: Aggregator) -> None:
+    if aggregator.history:
+        raise ValueError(
+            f"{aggregator!r} needs the mean gradients of earlier steps, of which every rank would keep its shards, and "
+            "no checkpoint of a sharded model would hold them; use an aggregator without a history, or DDP"
+        )
     shards, replicas = units[0].shards, units[0].replicas
     if dist.get_world_size(shards) == 1:
         raise ValueError(

@@ -8,7 +8,7 @@ import pytest
 from blocks import ROOT
 
 PUBLIC = {
-    "adacons_hvd": ["AdaCons", "Aggregator", "Decision", "Mean", "Statistics"],
+    "adacons_hvd": ["AdaCons", "Aggregator", "Curvature", "Decision", "Mean", "NormalizedMean", "Statistics"],
     "adacons_hvd.aggregators": ["from_torchjd"],
     "adacons_hvd.ddp": None,
     "adacons_hvd.fsdp": None,

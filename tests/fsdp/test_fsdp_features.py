@@ -195,6 +195,32 @@ def test_a_gramian(cluster):
         assert far < 1e-11
 
 
+def element_wise() -> float:
+    """An aggregator that looks at each element alone does so within every shard."""
+    import torch
+    from fsdp_job import attached, everyone, loss_of, network, off, sharded, whole
+
+    from adacons_hvd import Aggregator
+
+    class Largest(Aggregator):
+        def combine(self, rows, present):
+            return rows.amax(0)
+
+    twin, model = network(), sharded(network())
+    attached(model, aggregator=Largest())
+    loss_of(model, 0).backward()
+    loss_of(twin, 0).backward()
+    rows = everyone([p.grad for p in twin.parameters()])
+    expected = [torch.stack(same).amax(0) for same in zip(*rows, strict=True)]
+    return off(whole([p.grad for p in model.parameters()]), expected)
+
+
+@pytest.mark.ranks(3, launcher="torchrun")
+def test_element_by_element(cluster):
+    for far in cluster.run(element_wise):
+        assert far == 0
+
+
 def excluded() -> float:
     """A rank whose gradient of a unit is not finite is left out of that unit."""
     import harness

@@ -20,7 +20,7 @@ def refused(case: str) -> str:
     from torch.distributed.fsdp import fully_shard
 
     import adacons_hvd.fsdp
-    from adacons_hvd import AdaCons, Mean
+    from adacons_hvd import AdaCons, Curvature, Mean
     from adacons_hvd.agreement import DisagreementError
 
     mesh, aggregator, options = start(), None, {}
@@ -53,6 +53,8 @@ def refused(case: str) -> str:
         attached(model)
     elif case == "factor":
         model.set_gradient_divide_factor(3.0)
+    elif case == "history":
+        aggregator = Curvature(memory=2)
     elif case == "optimizer":
         optimizer = momentum(network().parameters())
     elif case == "one rank differs":
@@ -76,6 +78,7 @@ REFUSALS = {
     "granularity": "granularity must be \"unit\", got 'model'",
     "twice": "has another reduce-scatter than FSDP's own",
     "factor": "set_gradient_divide_factor(3.0)",
+    "history": "needs the mean gradients of earlier steps",
     "optimizer": "the optimizer has none of the model's parameters",
     "one rank differs": "ranks do not agree",
     "one rank fails": "the optimizer has none of the model's parameters",
