@@ -29,8 +29,8 @@ TIMEOUT = 300.0
 
 
 def attach(
-    model: DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     aggregator: Aggregator | None,
     *,
     schedule: str | Network = "auto",
@@ -47,9 +47,11 @@ def attach(
     (``no_sync()``, ``join()``, ``static_graph``, ...) works as before.
 
     Args:
-        model: the wrapped model.
-        optimizer: an optimizer of its parameters. Whatever its kind, it is only told what happens.
-            One that wraps another and has it as its ``.optimizer``, as Accelerate's does, is fine.
+        model: the ``DistributedDataParallel`` model, or what ``torch.compile()``, Accelerate's
+            ``prepare()`` or Fabric's ``setup()`` made of it.
+        optimizer: an optimizer of its parameters, or a list of all of them. Whatever its kind, it
+            is only told what happens. One that wraps another and has it as its ``.optimizer``, as
+            Accelerate's and Fabric's do, is fine.
         aggregator: for example ``AdaCons()``. With None, DDP averages as ever; a rank that has
             None while others have an aggregator is told so, and they are too.
         schedule: how gradients move. ``"auto"`` takes the cheapest of ``"two-pass"``,
@@ -65,7 +67,7 @@ def attach(
             to be known as such. The rest of the loop is as without an aggregator: ``scale``,
             ``backward``, perhaps ``unscale_`` and clipping, ``scaler.step(optimizer)``, ``update``.
             A step under a scaler that was not given here is an error, and so is one without the
-            scaler that was.
+            scaler that was. Accelerate's optimizer brings its own, as ``.scaler``.
         check_replicas: every how many aggregations ranks compare their parameters, to notice one
             that has trained alone; 0 never. They are compared in the second aggregation, too.
         may_differ: parameters that are meant to differ between ranks, left out of the comparison.
@@ -129,11 +131,14 @@ def attach(
     >>> optimizer.report.fallbacks
     0
     """
-    _check_model(model)
+    model = _ddp_inside(model)
     notes = Notes(model.process_group, "adacons_hvd.ddp.attach()")
     try:
         check_timeout(timeout)
-        optimizers = unwrapped(optimizer)
+        chains = _chains(optimizer)
+        optimizers = [each for chain in chains for each in chain]
+        if grad_scaler is None:
+            grad_scaler = next(filter(None, (getattr(each, "scaler", None) for each in optimizers)), None)
         settings = Settings.checked(
             Parameters(torch.is_tensor, id),
             aggregator=aggregator,
@@ -144,7 +149,7 @@ def attach(
             may_differ=may_differ,
         )
         settings.check_members({id(p) for p in model.parameters()})
-        _check(model, optimizers)
+        _check(model, chains)
         if aggregator is not None:
             _check_hook(model)
         reducer = Reducer(model, optimizers, settings, notes)
@@ -160,8 +165,9 @@ def attach(
     model.register_comm_hook(reducer, adacons_hook)
     reducer.watch()
     aggregate_before_unscaling()
-    optimizers[-1].register_step_pre_hook(_BeforeStep(reducer))
-    optimizers[-1].register_step_post_hook(_AfterStep(reducer))
+    for *_, stepping in chains:
+        stepping.register_step_pre_hook(_BeforeStep(reducer))
+        stepping.register_step_post_hook(_AfterStep(reducer))
     for each in optimizers:
         told: Any = each
         told.aggregator = aggregator
@@ -251,6 +257,15 @@ def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(callable(argument) for argument in [*args[1:], *kwargs.values()])
 
 
+def _chains(optimizer: Any) -> list[list[torch.optim.Optimizer]]:
+    """For each optimizer, what :func:`unwrapped` finds in it."""
+    if not isinstance(optimizer, (list, tuple)):
+        return [unwrapped(optimizer)]
+    if not optimizer:
+        raise ValueError("optimizer is an empty list: give attach() the optimizers of the model's parameters")
+    return [unwrapped(each) for each in optimizer]
+
+
 def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The optimizer and, if it wraps another, that one, and so on; the last takes the steps."""
     found = [optimizer]
@@ -268,9 +283,21 @@ def check_timeout(timeout: Any) -> None:
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
 
 
-def _check_model(model: Any) -> None:
+def unwrapped_model(model: Any) -> Any:
+    """What ``torch.compile()`` and Lightning's Fabric were given: a DDP model, if there is one inside."""
+    while not isinstance(model, DistributedDataParallel):
+        around = (getattr(model, name, None) for name in ("_orig_mod", "_forward_module"))
+        inner = next((each for each in around if isinstance(each, torch.nn.Module)), None)
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _ddp_inside(model: Any) -> DistributedDataParallel:
+    model = unwrapped_model(model)
     if isinstance(model, DistributedDataParallel):
-        return
+        return model
     if isinstance(model, torch.nn.Module) and any(map(_is_sharded, model.parameters())):
         raise TypeError(
             f"{type(model).__name__} has DTensor parameters, as fully_shard() and tensor parallelism make them: every "
@@ -278,8 +305,8 @@ def _check_model(model: Any) -> None:
             "DistributedDataParallel of whole parameters, and adacons_hvd.fsdp.attach() what fully_shard() made"
         )
     raise TypeError(
-        f"model must be a DistributedDataParallel, got {type(model).__name__}; wrap the module "
-        "first, and attach before torch.compile()"
+        f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the module first; trainers do so "
+        "when several processes were started, for example by torchrun"
     )
 
 
@@ -288,7 +315,7 @@ def _is_sharded(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "device_mesh")
 
 
-def _check(model: DistributedDataParallel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def _check(model: DistributedDataParallel, chains: Sequence[Sequence[torch.optim.Optimizer]]) -> None:
     sharded = [name for p, name in looked_after(model).items() if _is_sharded(p)]
     if sharded:
         raise TypeError(
@@ -305,14 +332,15 @@ def _check(model: DistributedDataParallel, optimizers: Sequence[torch.optim.Opti
         raise ValueError("delay_all_reduce_named_params makes DDP average these parameters' gradients itself")
     if getattr(model, "_use_python_reducer", False):
         raise ValueError('torch._dynamo.config.optimize_ddp = "python_reducer" has no buckets; use another setting')
-    if any(hasattr(optimizer, "report") for optimizer in optimizers):
+    if any(hasattr(optimizer, "report") for chain in chains for optimizer in chain):
         raise ValueError(
             "this optimizer has an aggregator already. For several models under one optimizer, "
             "wrap them together: DistributedDataParallel(torch.nn.ModuleList(...))"
         )
-    owned = {id(p) for group in optimizers[-1].param_groups for p in group["params"]}
-    if not any(id(p) in owned for p in model.parameters()):
-        raise ValueError("the optimizer has none of the model's parameters; was it made for another model?")
+    ours = {id(p) for p in model.parameters()}
+    for *_, optimizer in chains:
+        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("the optimizer has none of the model's parameters; was it made for another model?")
 
 
 def _check_hook(model: DistributedDataParallel) -> None:

@@ -580,12 +580,12 @@ def compiled() -> None:
     from adacons_hvd import AdaCons
 
     found = []
-    for compiler in (None, "aot_eager"):
+    for compiler, early in ((None, True), ("aot_eager", True), ("aot_eager", False)):
         # The compiler wants a first bucket no larger than the others, so no small ones here.
         model = wrap(network(dtype=torch.float64), bucket_cap_mb=25)
         optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.02)
-        adacons_hvd.ddp.attach(model, optimizer, AdaCons(), schedule="one-pass")
         called: Any = model if compiler is None else torch.compile(model, backend=compiler)
+        adacons_hvd.ddp.attach(model if early else called, optimizer, AdaCons(), schedule="one-pass")
         for step in range(3):
             optimizer.zero_grad()
             loss_of(called, step).backward()
@@ -593,10 +593,9 @@ def compiled() -> None:
         assert optimizer.report.steps == 3
         assert_equal_bits(model.parameters())
         found.append([p.detach() for p in model.parameters()])
-    for p, q in zip(*found, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
-    with pytest.raises(TypeError, match=r"attach before torch\.compile"):
-        adacons_hvd.ddp.attach(called, optimizer, AdaCons())
+    for p, *others in zip(*found, strict=True):
+        for q in others:
+            torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
 
 
 def test_a_compiled_model(cluster):
