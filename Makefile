@@ -22,7 +22,7 @@ RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS="$${OMP_NUM_THREADS:-
 
 .PHONY: help
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  make test PYTEST_ARGS='-k name -x'    passes arguments on to pytest"
 	@echo "  make PYTHON=/path/to/python3.11 ...   makes .venv with another Python (after make clean)"
@@ -37,6 +37,10 @@ demo: setup ## a distributed training run on this machine: AdaCons beside averag
 .PHONY: test
 test: lint ## lint, types and every test
 	@$(RUN) python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-trainers
+test-trainers: $(STAMPS)/trainers ## the adapters, with the real Lightning, Accelerate, Transformers and Ray
+	@$(RUN) $(VENV)/trainers/bin/python -m pytest tests/trainers $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## formatting, lint and types
@@ -96,4 +100,8 @@ $(STAMPS)/horovod: $(BUILD) $(STAMPS)/stack
 
 $(STAMPS)/package: pyproject.toml $(STAMPS)/horovod
 	@.ci/setup package
+	@touch $@
+
+$(STAMPS)/trainers: pyproject.toml $(STAMPS)/package
+	@.ci/setup trainers
 	@touch $@

@@ -31,7 +31,7 @@ from typing import Any
 
 from .report import Report
 
-__all__ = ["ReportLog", "keras_callback", "log_reports"]
+__all__ = ["ReportLog", "keras_callback", "log_reports", "scalars"]
 
 #: How many reports may wait for the writer before training waits, too. They hold tensors.
 _WAITING = 64
@@ -234,7 +234,8 @@ def _short(value: Any) -> Any:
     return value
 
 
-def _scalars(record: Record) -> dict[str, float]:
+def scalars(record: Record) -> dict[str, float]:
+    """The few numbers of a report's dictionary that are worth a curve each."""
     # In units of what an average would give each worker.
     relative = [weight * len(row) / sum(row) for row in record["weights"] if sum(row) for weight in row]
     return {
@@ -246,7 +247,7 @@ def _scalars(record: Record) -> dict[str, float]:
 
 
 def _to_summary_writer(writer: Any, record: Record) -> None:
-    for name, value in _scalars(record).items():
+    for name, value in scalars(record).items():
         writer.add_scalar(name, value, record["steps"])
 
 
@@ -254,7 +255,7 @@ def _to_tf_summary(writer: Any, record: Record) -> None:
     tensorflow = sys.modules["tensorflow"]
     # Not tf.summary.scalar, which needs the package tensorboard where training runs.
     message = tensorflow.compat.v1.Summary()
-    for name, value in _scalars(record).items():
+    for name, value in scalars(record).items():
         message.value.add(tag=name, simple_value=value)
     with writer.as_default():
         tensorflow.summary.experimental.write_raw_pb(message.SerializeToString(), step=record["steps"])

@@ -22,6 +22,8 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "none"
+# What adapters are made for, and what the stack does not have.
+autodoc_mock_imports = ["lightning"]
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 html_math_renderer = "mathml"

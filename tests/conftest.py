@@ -13,5 +13,7 @@ from harness.plugin import (  # noqa: F401
 
 # Each of the two kinds of tests in its own kind of process: importing mpi4py initialises MPI, which must not happen to
 # a pytest that starts launchers of its own; and N copies of pytest must not each start N processes. Naming a path on
-# the command line collects it all the same, and test_harness.py runs tests/mpi under mpirun.
+# the command line collects it all the same, and test_harness.py runs tests/mpi under mpirun. tests/trainers needs
+# packages of its own: `make test-trainers`.
 collect_ignore = [path.name for path in Path(__file__).parent.iterdir() if (path.name == "mpi") != under_mpi()]
+collect_ignore.append("trainers")

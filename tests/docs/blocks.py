@@ -5,6 +5,7 @@ A comment in the line above a block says so, where it is not simply run in this 
     <!-- ranks=2 launcher=gloo pool=tensorflow -->    on real processes
     <!-- continue -->                                 after the block before it, in the same process
     <!-- probe -->                                    as a module for `adacons probe`
+    <!-- trainers -->                                 on two processes, by tests/trainers: it needs what .venv has not
     <!-- fragment -->                                 only compiled: it needs what is not there
 """
 

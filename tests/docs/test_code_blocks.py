@@ -88,7 +88,7 @@ def test_under_torchrun(cluster, block, tmp_path):
 
 def test_every_kind_of_block_is_run_somewhere():
     """A comment that is misspelt would otherwise leave a block out."""
-    known = {"", "continue", "fragment", "probe"}
+    known = {"", "continue", "fragment", "probe", "trainers"}
     for block in BLOCKS:
         assert block.how in known or "ranks=2" in block.how.split(), f"{block}: what is {block.how!r}?"
         assert block.language in {"python", "sh", "diff", "text"}, f"{block}: nothing runs {block.language}"
