@@ -23,7 +23,7 @@ myst_heading_anchors = 3
 
 autodoc_typehints = "none"
 # What adapters are made for, and what the stack does not have.
-autodoc_mock_imports = ["lightning"]
+autodoc_mock_imports = ["lightning", "transformers"]
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 html_math_renderer = "mathml"

@@ -18,6 +18,7 @@ FRAGMENTS = {
     "README.md": "adacons_hvd.ddp.attach(",
     "elastic.md": "@hvd.elastic.run",
     "tensorflow.md": "hvd.load_model(",
+    "transformers.md": "class MyTrainer(AggregationMixin",
 }
 
 
