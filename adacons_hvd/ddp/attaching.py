@@ -80,7 +80,7 @@ def attach(
     :class:`adacons_hvd.report.Report` on the last step, or None before the first. What the
     aggregator remembers is part of ``optimizer.state_dict()``, in the form that
     ``adacons_hvd.torch`` uses too, and ``load_state_dict()`` takes it up, saved by any number of
-    workers.
+    workers. With several optimizers, the state of each holds all of it.
 
     Load a checkpoint on every rank. DDP makes parameters equal when it wraps a model, but nobody
     does so for optimizers: ranks that go on from different states of the optimizer end with
