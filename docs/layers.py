@@ -15,7 +15,8 @@ PACKAGE = ROOT / "adacons_hvd"
 
 #: The layers from top to bottom: what is in a row imports nothing of its own row, or of a row above.
 ROWS = (
-    ("cli", "logging"),
+    ("cli", "lightning", "transformers"),
+    ("logging",),
     ("keras", "fsdp"),
     ("torch", "tensorflow", "ddp", "horovod_build"),
     ("torch_amp", "torch_gradients", "torch_host", "engine"),

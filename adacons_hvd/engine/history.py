@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from .. import agreement
 from ..aggregators.checkpoint import MEANS
 from ..collectives import Collectives
 from ..ops import Tensor, ops_for
-from ..schedules import DenseBucket
+from ..schedules import Schedule
 
-__all__ = ["History", "Interval", "Place", "divide", "intervals_of"]
+__all__ = ["History", "Interval", "Keeper", "Place", "divide", "intervals_of"]
 
 
 class Interval(NamedTuple):
@@ -38,10 +38,20 @@ class Part(NamedTuple):
     rows: Tensor
 
 
-class Place(NamedTuple):
-    """A bucket, and where its elements lie in the whole gradient, in the order in which they lie in it."""
+class Keeper(Protocol):
+    """What keeps the mean gradients of a bucket's elements: the bucket itself, or what outlives it."""
 
-    bucket: DenseBucket
+    #: The bucket's, in elements, padding included.
+    length: int
+    schedule: Schedule
+    #: The rows that ``ops.past_room`` has made, for the elements that :meth:`Schedule.kept` says.
+    past: Tensor
+
+
+class Place(NamedTuple):
+    """Where a bucket's elements lie in the whole gradient, in the order in which they lie in the bucket."""
+
+    bucket: Keeper
     intervals: list[Interval]
 
 
@@ -62,7 +72,7 @@ class History:
 
     def suspend(self) -> None:
         """Take the parts out of a layout that is about to go."""
-        self._parts, self._whole, self._places = self._held(), [], []
+        self._parts, self._whole, self._places = self._whole or self._held(), [], []
 
     def held(self, lengths: Sequence[int], steps: int) -> list[Interval]:
         """What this rank holds of the gradients of these parameters; what belongs to others is dropped.
@@ -94,7 +104,7 @@ class History:
                 kept = _kept(place)
                 rows.append(ops_for(whole).concat([whole[start:stop] for start, stop in kept] or [whole[:0]]))
         for place, rows in zip(places, found, strict=True):
-            ops = ops_for(place.bucket.buffer)
+            ops = ops_for(place.bucket.past)
             place.bucket.past = ops.filled(place.bucket.past, ops.stack(rows))
         return True
 
@@ -108,11 +118,11 @@ class History:
         lacks = [interval for place in places for interval in _kept(place) if not _covers(parts, interval)]
         for place in places:
             bucket, kept = place.bucket, _kept(place)
-            ops, rows = ops_for(bucket.buffer), []
+            ops, rows = ops_for(bucket.past), []
             for step in range(0 if lacks or not kept else bucket.schedule.history):
                 pieces = [piece for interval in kept for piece in sorted(_cut(parts, step, [interval]), key=_start)]
-                rows.append(ops.concat([ops.wide(ops.beside(row, bucket.buffer)) for _, _, row in pieces]))
-            bucket.past = ops.filled(bucket.past, ops.stack(rows) if rows else ops.zeros((0, 0), bucket.buffer))
+                rows.append(ops.concat([ops.wide(ops.beside(row, bucket.past)) for _, _, row in pieces]))
+            bucket.past = ops.filled(bucket.past, ops.stack(rows) if rows else ops.zeros((0, 0), bucket.past))
         return not lacks
 
     def gather(self, collectives: Collectives, name: str) -> None:
@@ -121,7 +131,7 @@ class History:
             return
         held = [_kept(place) for place in self._places]
         mine = [interval for intervals in held for interval in intervals]
-        if not self._places[0].bucket.complete:
+        if not self._places[0].bucket.schedule.complete:
             rows = list(self._rows(self._held(), mine, collectives, name))
             self._whole = [Part([Interval(0, self._size)], ops_for(rows[0]).stack(rows))]
 
@@ -133,13 +143,13 @@ class History:
         self, parts: Sequence[Part], mine: Sequence[Interval], collectives: Collectives, name: str
     ) -> Iterator[Tensor]:
         """The whole mean gradient of one step after the other, so that no rank holds more than one at a time."""
-        reference = self._places[0].bucket.buffer
+        reference = self._places[0].bucket.past
         ops = ops_for(reference)
         for step in range(self._places[0].bucket.schedule.history):
             whole = ops.zeros((self._size,), reference)
             given = [(start, stop, ops.wide(ops.beside(row, whole))) for start, stop, row in _cut(parts, step, mine)]
             whole = ops.assemble(whole, sorted(given, key=_start), out=whole)
-            yield collectives.allreduce(whole, f"{name}.means", out=whole).wait()
+            yield ops.bound(lambda x: collectives.allreduce(x, f"{name}.means", out=x).wait(), whole)()
 
     def _held(self) -> list[Part]:
         if not self._places:
@@ -147,7 +157,7 @@ class History:
         parts = []
         for place in self._places:
             intervals = _kept(place)
-            rows = ops_for(place.bucket.buffer).current(place.bucket.past)
+            rows = ops_for(place.bucket.past).current(place.bucket.past)
             if intervals:
                 length = sum(stop - start for start, stop in intervals)
                 parts.append(Part(intervals, rows[: place.bucket.schedule.history, :length]))
@@ -158,7 +168,7 @@ class History:
     @property
     def bytes(self) -> int:
         """How much memory this rank keeps it in."""
-        return sum(ops_for(p.bucket.buffer).bytes_of(p.bucket.past) for p in self._places)
+        return sum(ops_for(p.bucket.past).bytes_of(p.bucket.past) for p in self._places)
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank holds, as tensors and numbers; empty if that is nothing."""

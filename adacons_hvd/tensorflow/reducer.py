@@ -91,6 +91,12 @@ class Reducer:
     """Aggregates gradients for one optimizer, or for one set of parameters of a tape."""
 
     def __init__(self, settings: Settings) -> None:
+        aggregator = settings.aggregator
+        if aggregator is not None and (aggregator.history or aggregator.elementwise):
+            raise NotImplementedError(
+                f"{aggregator!r} needs {aggregator.needs}, for which the TensorFlow binding has no place yet; it works "
+                "with PyTorch, over Horovod and with DistributedDataParallel"
+            )
         _reducers.add(self)
         self.settings = settings
         self._memories = Memories(settings.aggregator)
