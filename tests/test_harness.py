@@ -109,7 +109,8 @@ def test_torchrun_ranks_can_meet(cluster: Cluster) -> None:
         dist.destroy_process_group()
         return value.item()
 
-    assert cluster.run(total) == [3.0, 3.0]
+    # In processes of their own, because the others of this size may have met already.
+    assert cluster.run(total, fresh=True) == [3.0, 3.0]
 
 
 @pytest.mark.ranks(2, launcher="gloo")

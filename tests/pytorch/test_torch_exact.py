@@ -53,7 +53,7 @@ def train(dtype_name: str, tolerance: float, every: int = 1) -> int:
 # All of it is 48 cases, which takes minutes where many ranks share two processors over Gloo. A fifth of it still has
 # every schedule with both granularities, every row and both scales; the rest is for the long run.
 @pytest.mark.ranks(2, 3, 4, launcher="mpi")
-@pytest.mark.time_limit(240)
+@pytest.mark.time_limit(480)
 def test_every_combination_agrees_with_the_oracle(cluster):
     assert cluster.run(train, "float32", 1e-5) == [48] * cluster.ranks
 
