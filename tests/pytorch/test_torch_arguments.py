@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from harness.launchers import PROCESS_SETS
 
 pytestmark = [pytest.mark.ranks(3, launcher="mpi"), pytest.mark.time_limit(120)]
 
@@ -233,7 +234,7 @@ def test_granularity_as_lists_of_parameters(cluster, schedule):
     assert cluster.run(case) == [[3, 3, 3]] * 3
 
 
-@pytest.mark.ranks(4, launcher=("mpi", "gloo"))
+@pytest.mark.ranks(4, launcher=("mpi", "gloo"), env=PROCESS_SETS)
 def test_process_sets_aggregate_among_themselves(cluster):
     def case():
         from torch_job import Batches, compare, loss_of, network
@@ -256,7 +257,7 @@ def test_process_sets_aggregate_among_themselves(cluster):
     assert cluster.run(case, fresh=True) == [2] * 4
 
 
-@pytest.mark.ranks(4, launcher="mpi")
+@pytest.mark.ranks(4, launcher="mpi", env=PROCESS_SETS)
 def test_a_rank_outside_the_process_set_steps_alone(cluster):
     def case():
         import torch

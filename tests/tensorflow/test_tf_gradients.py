@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from harness.launchers import PROCESS_SETS
 
 pytestmark = [pytest.mark.ranks(3, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(100)]
 
@@ -234,6 +235,7 @@ def test_a_graph_compiled_by_xla_is_refused(cluster):
     assert all("cannot be compiled by XLA" in text for text in cluster.run(compiled))
 
 
+@pytest.mark.ranks(3, launcher="mpi", pool="tensorflow", env=PROCESS_SETS)
 def test_process_sets(cluster):
     def some() -> list:
         import numpy as np
