@@ -22,7 +22,7 @@ from adacons_hvd.torch.packing import DensePacking
 _WAITING = "waiting"
 _PARTS: list[tuple[str, Any, str]] = [
     ("other Python", reducer.Reducer, "synchronize"),
-    ("flags", reducer, "exchange_flags"),
+    ("flags", reducer, "exchange"),
     ("copy in", DensePacking, "load"),
     ("send", DenseBucket, "begin"),
     ("inner products", DenseBucket, "shares"),
