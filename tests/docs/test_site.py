@@ -58,6 +58,15 @@ def test_links_between_files_work_where_files_are_read_as_they_are():
                 assert (page.parent / address).exists(), f"{page.name} links to {address}"
 
 
+def test_links_to_a_part_of_a_page_find_it():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for address, anchor in re.findall(r"\]\(([^)#\s:]*\.md|)#([^)\s]+)\)", page.read_text()):
+            target = page.parent / address if address else page
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            found = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in found, f"{page.name} links to {address}#{anchor}"
+
+
 def test_the_pictures_are_there():
     for page in (ROOT / "docs").glob("*.md"):
         for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
