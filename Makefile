@@ -52,6 +52,10 @@ lint: setup ## formatting, lint and types
 bench: setup ## what AdaCons costs beside averaging, on this machine; BENCH_ARGS=--full for every configuration
 	@$(RUN) python -m benchmarks $(BENCH_ARGS)
 
+.PHONY: page
+page: setup ## docs/measurements.md and its charts, from the data in benchmarks/results
+	@$(RUN) python -m benchmarks.page
+
 .PHONY: evidence
 evidence: setup ## whether consensus helps: the studies of docs/evidence.md, an hour or two
 	@$(RUN) python -m benchmarks.evidence $(EVIDENCE_ARGS)

@@ -1,8 +1,9 @@
 """Measure what AdaCons costs beside averaging: ``make bench``, or ``python -m benchmarks``.
 
 Every case runs the peer, Horovod's own average, and the contenders in turns in one job, and shows
-the median of each turn's ratio to the peer. Results go to ``out/bench/``: a table, everything
-measured as JSON, and a picture of expected against measured times.
+the median of each turn's ratio to the peer. All turns go to ``out/bench/results.json``. The results
+go to a folder in the format of ``benchmarks/results``, beside those of earlier runs, and are printed
+as tables.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import hosts
 from .jobs import Cluster, JobError, run
-from .tables import APPROXIMATE, EXACT, Entry, draw, show
+from .record import APPROXIMATE, EXACT, Entry, add, read
+from .tables import show
 
 EVERYTHING = ["paper", *EXACT, *APPROXIMATE, "auto", "fast"]
 
@@ -90,7 +92,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every configuration; takes hours")
     parser.add_argument("--only", default="", help="only cases whose description holds this")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="where all turns are written")
+    parser.add_argument("--results", type=Path, default=Path("out/bench"), help="where results are kept as data")
     args = parser.parse_args()
     # So that ending this ends the job it waits for, and takes the emulated hosts down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -119,8 +122,8 @@ def main() -> int:
                 measured.append({"kind": kind, "cluster": asdict(cluster), "case": case, "result": result})
                 (args.out / "results.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
             bar.advance(task)
-    show(measured, console)
-    draw(measured, args.out / "expected.png")
+    add(args.results, measured)
+    print(show(read(args.results)))
     return 1 if failures else 0
 
 
