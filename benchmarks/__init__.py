@@ -1,1 +1,1 @@
-"""What AdaCons costs beside averaging, measured: ``python -m benchmarks --help``."""
+"""The benchmarks measure what AdaCons costs beside averaging: ``python -m benchmarks --help``."""

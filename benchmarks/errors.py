@@ -1,4 +1,4 @@
-"""What approximate schedules lose: the weights' error against bytes sent, on real gradients.
+"""Measures what approximate schedules lose: the weights' error against bytes sent, on real gradients.
 
 ``python -m benchmarks.errors`` trains two of the examples' networks, made smaller, on Fashion-MNIST
 with 32 simulated workers, looks at their gradients early and late, and draws ``docs/errors.png``.
@@ -61,7 +61,7 @@ def gradients(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batc
 
 
 def errors(rows: torch.Tensor) -> Iterator[tuple[str, float, float]]:
-    """What is sent in the first pass, as a fraction of the gradient, and the relative error of the weights."""
+    """Yield each schedule, what it sends first as a fraction of the gradient, and the weights' relative error."""
     exact = Statistics.of(rows.double())
     aggregator = AdaCons(momentum=0.0)
     right = aggregator.decide(exact, {}).weights

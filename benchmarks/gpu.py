@@ -151,7 +151,7 @@ def small(device: str) -> Result:
 
 
 def launches(once: Callable[[], object], device: str) -> dict[str, int]:
-    """What one call gives the device to do, by PyTorch's profiler."""
+    """Count what one call gives the device to do, by PyTorch's profiler."""
     if device != "cuda":
         return {}
     from torch.profiler import ProfilerActivity, profile
@@ -234,7 +234,7 @@ def training(case: Result, ranks: Ranks, name: str, contender: str, group: Any) 
 
 
 def steps(case: Result, folder: Path) -> Result:
-    """What a step takes, by model and contender, on this rank with the others."""
+    """Time a step of every model with every contender, on this rank with the others."""
     rank, size = (
         next(int(os.environ[name]) for name in names if name in os.environ)
         for names in (("HOROVOD_RANK", "RANK"), ("HOROVOD_SIZE", "WORLD_SIZE"))
@@ -250,7 +250,7 @@ def steps(case: Result, folder: Path) -> Result:
 
 
 def compare(case: Result, ranks: Ranks, name: str, group: Any) -> Result:
-    """What a step of this model takes, by contender."""
+    """Time a step of this model with every contender."""
     device = case["device"]
     # To gather what is large is no contender where messages go through the host.
     names = [c for c in CONTENDERS if c != "gather" or name == "0.2M" or ranks.size == 1]
@@ -305,7 +305,7 @@ def jobs(device: str, quick: bool, staged: bool) -> list[tuple[int, Result]]:
 
 
 def run(size: int, case: Result, staged: Path | None, timeout: float) -> Result:
-    """What rank 0 of a job measured, or why it did not."""
+    """Run a job; return what its rank 0 measured, or why it did not."""
     with tempfile.TemporaryDirectory(prefix="adacons-gpu-") as folder:
         results = Path(folder) / "results.json"
         program = [sys.executable, "-m", "benchmarks.gpu", "--case", json.dumps(case), "--out", str(results)]
@@ -327,7 +327,7 @@ def run(size: int, case: Result, staged: Path | None, timeout: float) -> Result:
 
 
 def about(device: str) -> Result:
-    """What the figures were measured on and with."""
+    """Describe the device and the libraries that the figures were measured with."""
     found: Result = {"torch": torch.__version__, "device": device}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a benchmark runs on. No ``megabits`` means one host and its shared memory."""
+    """A cluster is what a benchmark runs on. No ``megabits`` means one host and its shared memory."""
 
     hosts: int
     per_host: int

@@ -1,4 +1,4 @@
-"""What the cost model says of clusters that cannot be measured here: ``python -m benchmarks.plan``.
+"""Prints the cost model's answers for clusters that cannot be measured here: ``python -m benchmarks.plan``.
 
 Hosts of eight accelerators with 400 Gbit/s cards: one card that eight share, or one each. Time is
 relative to averaging in float32, by the same model.

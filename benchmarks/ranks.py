@@ -1,4 +1,4 @@
-"""What every rank of a benchmark does: time contenders in turn, and hand over the times.
+"""Every rank of a benchmark times contenders in turn, and hands over the times.
 
 A contender is a function that does one step. All ranks start together, and a step takes as long as
 it takes the slowest. Contenders take turns, so that what else happens on the machine happens to

@@ -1,4 +1,4 @@
-"""What overlap does, seen in Horovod's own timeline: ``python -m benchmarks.timeline``.
+"""Shows what overlap does in Horovod's own timeline: ``python -m benchmarks.timeline``.
 
 Two ranks train the transformer, with ``overlap=False`` and then with it. From each run's timeline one
 step is drawn, ``docs/overlap.png``: when Horovod worked on which bucket, from backward's beginning
@@ -51,7 +51,7 @@ def work(overlap: bool) -> None:
 
 
 def spans(path: Path) -> dict[str, list[Span]]:
-    """What Horovod did for every tensor: activities with their start and end in seconds."""
+    """Read Horovod's activities for every tensor, with their start and end in seconds."""
     text = path.read_text(encoding="utf-8").rstrip().rstrip(",")
     events = json.loads(text if text.endswith("]") else text + "]")
     titles = {e["pid"]: e["args"].get("name", "") for e in events if e.get("name") == "process_name"}

@@ -57,7 +57,7 @@ class Watch:
         return least
 
     def result(self, weights: Sequence[Any]) -> dict[str, Any]:
-        """What was seen, how long the first and the last steps took, and what has become of the weights."""
+        """Return what was seen, how long the first and the last steps took, and the weights."""
         import numpy as np
 
         gc.unfreeze()
@@ -88,7 +88,7 @@ def check(results: list[dict[str, Any]]) -> None:
 
 
 def of_any_process() -> dict[str, int]:
-    """What every process could have more and more of."""
+    """Count the resources of which a process that leaks has more and more."""
     # Of the memory that is the process's own. What is read from libraries comes in pieces of megabytes, at any time.
     status = Path("/proc/self/status").read_text()
     (resident,) = (line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))

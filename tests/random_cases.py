@@ -31,7 +31,7 @@ PRECISION = {"float64": 2.0**-23, "float32": 2.0**-23, "float16": 2.0**-10, "bfl
 
 @dataclass(frozen=True)
 class Case:
-    """What is drawn before the first step."""
+    """A case is everything that is drawn before the first step."""
 
     seed: int
     shapes: list[tuple[int, ...]]
@@ -122,7 +122,7 @@ def draw(seed: int, workers: int, schedules: list[str]) -> Case:
 
 
 def gradient(case: Case, step: int, turn: int, rank: int, number: int) -> torch.Tensor | None:
-    """What one backward pass adds to one parameter's gradient on one rank; None for nothing."""
+    """Return what one backward pass adds to one parameter's gradient on one rank; None for nothing."""
     if (step, rank, number) in case.missing:
         return None
     shape, kind = case.shapes[number], getattr(torch, case.types[number])
@@ -337,7 +337,7 @@ def compare(case: Case, raw: list[Any], found: list[Any]) -> Counter[str]:
 
 
 def halved(case: Case, number: int, x: np.ndarray) -> np.ndarray:
-    """What fp16 compression leaves of a gradient."""
+    """Return what fp16 compression leaves of a gradient."""
     if case.types[number] == "complex64" or (number in case.sparse and not case.options["sparse_as_dense"]):
         return x
     with np.errstate(over="ignore"):

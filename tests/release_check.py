@@ -66,7 +66,7 @@ MISTYPED = 'AdaCons(momentum="high")\n'
 
 
 def run(*command: str | Path, cwd: Path = OUT, fails: bool = False) -> str:
-    """What a command prints; an error if it does not end as expected."""
+    """Return what a command prints, or raise an error if the command does not end as expected."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"PYTHONNOUSERSITE": "1", "OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = subprocess.run(
@@ -116,7 +116,7 @@ def build() -> tuple[Path, Path]:
 
 
 def check_contents(sdist: Path, wheel: Path) -> list[Requirement]:
-    """What is in the archives, and what is not; returns what the extras ask for."""
+    """Check what is in the archives and what is not; return the requirements of the extras."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (described,) = (name for name in names if name.endswith(".dist-info/METADATA"))

@@ -1,4 +1,4 @@
-"""What `pip install adacons-hvd` brings, and what it leaves alone."""
+"""`pip install adacons-hvd` brings the package and leaves the frameworks alone."""
 
 from __future__ import annotations
 

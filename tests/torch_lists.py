@@ -1,4 +1,4 @@
-"""What PyTorch's users put around a model: every optimizer and every learning-rate scheduler. A new one is a line here.
+"""The lists name every optimizer and every learning-rate scheduler of PyTorch. A new one is a line here.
 
 The tests of all bindings for PyTorch go through these lists.
 """

@@ -1,4 +1,4 @@
-"""What is compared: the four rows of the paper's ablation, controls without consensus, and a second-order variant."""
+"""The contenders are the four rows of the paper's ablation, controls without consensus, and a second-order variant."""
 
 from __future__ import annotations
 

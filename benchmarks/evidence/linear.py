@@ -60,7 +60,7 @@ def contenders() -> Rivals:
 
 
 def controls() -> Rivals:
-    """What AdaCons is without consensus, all coefficients equal."""
+    """Return AdaCons without consensus: all coefficients are equal."""
     return {f"{EQUAL}, {workers} workers": (workers, EqualLengths()) for workers in WORKERS}
 
 

@@ -1,4 +1,4 @@
-"""What is measured: grids of settings, each a table of ``docs/evidence.md``."""
+"""The studies are grids of settings, each a table of ``docs/evidence.md``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def batches() -> list[Grid]:
 
 
 def lengths() -> list[Grid]:
-    """What becomes of the differences when training goes on, or at a constant rate."""
+    """Show how the differences change when training goes on, or at a constant rate."""
     columns = {
         "200 steps": Setting("images", AVERAGE),
         "800 steps": Setting("images", AVERAGE, steps=800),

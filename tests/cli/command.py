@@ -26,7 +26,7 @@ def adacons(*arguments: object, folder: Path, env: dict[str, str] | None = None)
 
 
 def answer(*arguments: object, folder: Path, env: dict[str, str] | None = None) -> Any:
-    """What it says with --json, after checking that all went well."""
+    """Run the command with --json, check that all went well, and return what it says."""
     done = adacons(*arguments, "--json", folder=folder, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""What all of the command's parts share."""
+"""All parts of the command need only the package to give help, and tell misuse from failure."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def read_events(folder: str) -> list[tuple[int, dict[str, float]]]:
 
 
 def rounded(report: dict) -> dict:
-    """What a log keeps of it."""
+    """Return a report as a log keeps it: with six digits."""
     text = json.dumps(report)
     return json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
 

@@ -35,7 +35,7 @@ def make():
 
 
 def gradients(weight: np.ndarray) -> list[np.ndarray]:
-    """What LINEAR's workers compute, by hand."""
+    """Compute by hand what LINEAR's workers compute."""
     import torch
 
     found = []

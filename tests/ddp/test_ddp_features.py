@@ -795,7 +795,7 @@ def test_zero_redundancy_optimizer(cluster):
 
 
 def overlap() -> None:
-    """What has begun when backward reaches the first layer."""
+    """Buckets have begun when backward reaches the first layer, where the schedule allows it."""
     from ddp_job import batch, network, wrap
 
     import adacons_hvd.ddp

@@ -1,4 +1,4 @@
-"""What follows from the messages of all ranks, case by case. No process is started."""
+"""`decide` rules on the messages of all ranks, case by case. No process is started."""
 
 from __future__ import annotations
 

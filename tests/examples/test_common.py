@@ -1,4 +1,4 @@
-"""What the experiments share: who trains on what, the command line, the record of a run."""
+"""The experiments share the split of data, the command line and the record of a run."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class Network:
         ip("-n", self.hub, "link", "set", f"port{host}", state)
 
     def printed(self, rank: int, kind: str = "out") -> str:
-        """What a rank has printed so far; `kind` is "out" or "err"."""
+        """Return the output of a rank so far; `kind` is "out" or "err"."""
         file = self.folder / f"rank{rank}.{kind}"
         return file.read_text(errors="replace") if file.exists() else ""
 

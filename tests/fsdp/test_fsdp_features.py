@@ -1,4 +1,4 @@
-"""What FSDP offers works with an aggregator: mixed precision, loss scales, unused units, other weights."""
+"""FSDP's features work with an aggregator: mixed precision, loss scales, unused units, other weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be aggregated is refused in a sentence, on all ranks; checkpoints lose nothing."""
+"""Models that cannot be aggregated are refused in a sentence, on all ranks; checkpoints lose nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the GPU tests find out once: which Horovod there is, and whether ranks can share the GPU over NCCL."""
+"""The GPU tests find out once which Horovod there is, and whether ranks can share the GPU over NCCL."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ dist.destroy_process_group()
 
 
 def _run(command: list[str], seconds: float) -> tuple[str, str]:
-    """What a command printed, and what was wrong with it, if anything."""
+    """Run a command; return what it printed, and what was wrong with it, if anything."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env={**os.environ, **LOOPBACK})
     except subprocess.TimeoutExpired:

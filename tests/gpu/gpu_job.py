@@ -155,7 +155,7 @@ def assert_equal_bits(tensors: Sequence[torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def not_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the GPU is an error in here, in whichever thread."""
+    """Make every operation an error that lets the host wait for the GPU, in whichever thread."""
     if DEVICE != "cuda":
         yield
         return

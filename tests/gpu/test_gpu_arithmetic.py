@@ -1,4 +1,4 @@
-"""What is computed on the GPU is what float64 on the host makes of the same numbers, and nobody waits for it."""
+"""The GPU's results are those of float64 on the host, and nobody waits for them."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_digest_is_that_of_the_host():
 
 
 def operations() -> dict[str, Callable[[], object]]:
-    """What runs in a step."""
+    """Return the operations that run in a step."""
     rows, many = random_rows(4, 10_000), random_rows(32, 10_000)
     flat, other = rows[0], rows[1].clone()
     one = torch.ones((), dtype=torch.float64, device=DEVICE)

@@ -1,4 +1,4 @@
-"""What a function can use while it runs on a rank.
+"""This module has the helpers for functions that run on a rank.
 
 Imported by the ranks before every function, so it imports nothing heavy itself.
 """

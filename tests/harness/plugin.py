@@ -1,4 +1,4 @@
-"""What pytest needs to know: the marks, the fixture, the order."""
+"""The plugin gives pytest the marks, the fixture and the order of tests that run on ranks."""
 
 from __future__ import annotations
 

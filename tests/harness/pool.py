@@ -35,7 +35,7 @@ TAIL = 40
 
 @dataclass(frozen=True)
 class Spec:
-    """What makes two pools interchangeable."""
+    """A spec says how a pool is started; pools of equal specs are interchangeable."""
 
     launcher: str
     ranks: int
@@ -77,7 +77,7 @@ class Job:
         processes.end(self.process, self.marker)
 
     def log(self) -> str:
-        """What the launcher itself printed."""
+        """Return the launcher's own output."""
         return (self.folder / "launcher.log").read_text(errors="replace")
 
 

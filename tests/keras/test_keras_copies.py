@@ -173,7 +173,7 @@ def what_cannot_be_pickled() -> list[str]:
 
 
 def attributes(kind: str) -> list[Any]:
-    """What DistributedOptimizer returns is what it was given, and has the same attributes for every kind."""
+    """DistributedOptimizer returns what it was given, with the same attributes for every kind."""
     from keras_job import assert_equal_bits, keras_and_hvd
 
     from adacons_hvd import AdaCons

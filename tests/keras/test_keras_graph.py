@@ -1,4 +1,4 @@
-"""What a step leaves in a graph, and what every rank remembers."""
+"""A step's graph never goes through Python and is traced once; a restored memory is everyone's."""
 
 from __future__ import annotations
 

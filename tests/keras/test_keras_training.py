@@ -1,4 +1,4 @@
-"""What Keras users do with optimizers, each held against a plain optimizer fed by the oracle."""
+"""Every use of a Keras optimizer is held against a plain optimizer fed by the oracle."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_without_an_aggregator(tmp_path):
 
 
 def test_a_newcomer_that_leads_before_its_first_commit_goes_on_from_the_last_one(tmp_path):
-    """What it was given when it joined is all there is left of what was committed."""
+    """The newcomer keeps what it was given when it joined, which is all that is left of the commit."""
     hosts = {"localhost": 1}
     sizes = [1, 1]
     told = run(tmp_path, hosts, sizes, deaths=[[1, 0, 0, 2, "backward"]], changes=[{"localhost": 1, "127.0.0.1": 1}])

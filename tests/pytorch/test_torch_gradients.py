@@ -557,7 +557,7 @@ def test_a_step_inside_of_an_autocast_keeps_its_precision(cluster, schedule):
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
 def test_gradients_changed_by_hand_after_they_left(cluster, how):
-    """What counts is what is there when step() is called, on all ranks or on one."""
+    """A step aggregates the gradients that are there when step() is called, on all ranks or on one."""
 
     def case():
         import time

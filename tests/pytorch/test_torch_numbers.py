@@ -64,7 +64,7 @@ def test_values_that_are_not_finite(cluster):
 
 
 def gradients_of(kind, rank):
-    """What this rank's gradient is in the odd step, and the element type."""
+    """Return this rank's gradient in the odd step, and the element type."""
     import torch
 
     usual = torch.linspace(1, 2, 50) + 0.3 * torch.sin(torch.arange(50.0) * (rank + 1))

@@ -86,7 +86,7 @@ def test_a_sketch_costs_the_weights_a_few_percent(cluster):
 
 
 def choice(schedule: object, elements: int, hosts: int = 1) -> tuple[str, str]:
-    """What is chosen and why, by ranks that take themselves to be on so many hosts."""
+    """Return the choice of ranks that take themselves to be on so many hosts, and its reason."""
     from unittest import mock
 
     import torch

@@ -1,4 +1,4 @@
-"""What ranks must agree on, and what a checkpoint holds."""
+"""Ranks whose tapes differ all get an error, and checkpoints hold what tapes remember."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tape is given: refused in a sentence where it makes no sense, and told apart where it differs."""
+"""A tape refuses senseless arguments in a sentence, and tells different ones apart."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def refusals(cases: list[dict[str, Any]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sentences() -> dict[str, list[str]]:
-    """What all cases led to, once they were tried."""
+    """Keep the outcomes of all cases, which one job tries together."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""What a page's script has trained, compared at its end. Runs on ranks, without the harness."""
+"""Runs a page's script on ranks, without the harness, and compares what it has trained."""
 
 from __future__ import annotations
 

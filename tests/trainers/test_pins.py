@@ -1,4 +1,4 @@
-"""What `make test-trainers` installs is what pyproject.toml pins, and all that the trainers need."""
+"""`make test-trainers` installs exactly what pyproject.toml pins, and all that the trainers need."""
 
 from __future__ import annotations
 
