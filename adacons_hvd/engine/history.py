@@ -11,7 +11,7 @@ that any rank, and any number of them, can go on from, all ranks call :meth:`His
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -96,17 +96,9 @@ class History:
         """
         parts, self._parts, self._places = self._parts, [], list(places)
         shares = divide(held, self._size)
-        if shares is None:
-            return False
-        found: list[list[Tensor]] = [[] for _ in places]
-        for whole in self._rows(parts, shares[collectives.rank], collectives, name):
-            for place, rows in zip(places, found, strict=True):
-                kept = _kept(place)
-                rows.append(ops_for(whole).concat([whole[start:stop] for start, stop in kept] or [whole[:0]]))
-        for place, rows in zip(places, found, strict=True):
-            ops = ops_for(place.bucket.past)
-            place.bucket.past = ops.filled(place.bucket.past, ops.stack(rows))
-        return True
+        if shares is None or not places:
+            return self._fill(())
+        return self._fill(self._wholes(parts, shares[collectives.rank], _sum_of(collectives, name)))
 
     def refill(self, places: Sequence[Place]) -> bool:
         """Put parts into a layout without the other ranks; False where this rank lacks some, and it stays empty.
@@ -115,15 +107,26 @@ class History:
         :meth:`held`.
         """
         parts, self._parts, self._places = self._parts, [], list(places)
-        lacks = [interval for place in places for interval in _kept(place) if not _covers(parts, interval)]
-        for place in places:
-            bucket, kept = place.bucket, _kept(place)
-            ops, rows = ops_for(bucket.past), []
-            for step in range(0 if lacks or not kept else bucket.schedule.history):
-                pieces = [piece for interval in kept for piece in sorted(_cut(parts, step, [interval]), key=_start)]
-                rows.append(ops.concat([ops.wide(ops.beside(row, bucket.past)) for _, _, row in pieces]))
-            bucket.past = ops.filled(bucket.past, ops.stack(rows) if rows else ops.zeros((0, 0), bucket.past))
-        return not lacks
+        mine = [interval for place in places for interval in _kept(place)]
+        if not all(_covers(parts, interval) for interval in mine):
+            return self._fill(())
+        return self._fill(self._wholes(parts, mine, lambda whole: whole))
+
+    def _fill(self, wholes: Iterable[Tensor]) -> bool:
+        """Keep what belongs to the layout of the mean gradients of all steps, and zeros where none are given.
+
+        Returns whether there were any.
+        """
+        found: list[list[Tensor]] = [[] for _ in self._places]
+        for whole in wholes:
+            for place, rows in zip(self._places, found, strict=True):
+                kept = _kept(place)
+                rows.append(ops_for(whole).concat([whole[start:stop] for start, stop in kept] or [whole[:0]]))
+        for place, rows in zip(self._places, found, strict=True):
+            ops = ops_for(place.bucket.past)
+            filling = ops.stack(rows) if rows else ops.zeros((0, 0), place.bucket.past)
+            place.bucket.past = ops.filled(place.bucket.past, filling)
+        return all(found)
 
     def gather(self, collectives: Collectives, name: str) -> None:
         """Hold all of it, for a state to be saved before the next step. All ranks call this together."""
@@ -132,24 +135,26 @@ class History:
         held = [_kept(place) for place in self._places]
         mine = [interval for intervals in held for interval in intervals]
         if not self._places[0].bucket.schedule.complete:
-            rows = list(self._rows(self._held(), mine, collectives, name))
+            rows = list(self._wholes(self._held(), mine, _sum_of(collectives, name)))
             self._whole = [Part([Interval(0, self._size)], ops_for(rows[0]).stack(rows))]
 
     def step_taken(self) -> None:
         """What was gathered is out of date."""
         self._whole = []
 
-    def _rows(
-        self, parts: Sequence[Part], mine: Sequence[Interval], collectives: Collectives, name: str
+    def _wholes(
+        self, parts: Sequence[Part], mine: Sequence[Interval], complete: Callable[[Tensor], Tensor]
     ) -> Iterator[Tensor]:
-        """The whole mean gradient of one step after the other, so that no rank holds more than one at a time."""
+        """The whole mean gradient of one step after the other, so that no rank holds more than one at a time.
+
+        Each is what these parts hold of it within intervals of this rank's, zeros elsewhere, and then ``complete``.
+        """
         reference = self._places[0].bucket.past
         ops = ops_for(reference)
         for step in range(self._places[0].bucket.schedule.history):
             whole = ops.zeros((self._size,), reference)
             given = [(start, stop, ops.wide(ops.beside(row, whole))) for start, stop, row in _cut(parts, step, mine)]
-            whole = ops.assemble(whole, sorted(given, key=_start), out=whole)
-            yield ops.bound(lambda x: collectives.allreduce(x, f"{name}.means", out=x).wait(), whole)()
+            yield complete(ops.assemble(whole, sorted(given, key=lambda piece: piece[0]), out=whole))
 
     def _held(self) -> list[Part]:
         if not self._places:
@@ -252,8 +257,13 @@ def _covers(parts: Sequence[Part], interval: Interval) -> bool:
     return divide([part.intervals for part in parts], interval.stop, interval.start) is not None
 
 
-def _start(piece: tuple[int, int, Tensor]) -> int:
-    return piece[0]
+def _sum_of(collectives: Collectives, name: str) -> Callable[[Tensor], Tensor]:
+    """The sum of a tensor over all workers, outside of a step."""
+
+    def total(whole: Tensor) -> Tensor:
+        return ops_for(whole).bound(lambda x: collectives.allreduce(x, f"{name}.means", out=x).wait(), whole)()
+
+    return total
 
 
 def _cut(parts: Sequence[Part], step: int, wanted: Sequence[Interval]) -> Iterator[tuple[int, int, Tensor]]:

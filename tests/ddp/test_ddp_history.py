@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import warnings
 from typing import Any
 
@@ -165,16 +164,11 @@ def oracle_continues(path: str, load: bool) -> Any:
     return optimizer.state_dict()["adacons"]["workers"]
 
 
-def test_another_number_of_workers_takes_up_a_gathered_history(cluster, cluster_pools, tmp_path):
-    from harness.cluster import Cluster
-    from harness.pool import Spec
-
+def test_another_number_of_workers_takes_up_a_gathered_history(cluster, tmp_path):
     path = str(tmp_path / "state.pt")
     assert cluster.run(oracle_continues, path, False) == [3] * 3
     for number in (2, 4):
-        spec = Spec(cluster.launcher, number, (), "")
-        other = Cluster(cluster_pools, spec, 120.0, sys.modules[__name__])
-        assert other.run(oracle_continues, path, True) == [number] * number
+        assert cluster.with_ranks(number).run(oracle_continues, path, True) == [number] * number
 
 
 def one_state_for_all() -> int:
@@ -200,6 +194,51 @@ def one_state_for_all() -> int:
 
 def test_a_history_that_is_not_whole_begins_afresh(cluster):
     assert cluster.run(one_state_for_all) == [4] * 3
+
+
+def foreign_in_the_middle(path: str) -> int:
+    """One rank loads its part of a longer history while training goes on: all begin afresh, with nothing left over."""
+    import copy
+
+    import harness
+    import oracle
+    import torch
+    from ddp_job import array, assert_equal_bits, loss_of
+
+    model, optimizer = attached()
+    for number in range(9):
+        step(model, optimizer, number)
+    if harness.rank() == 0:
+        torch.save(optimizer.state_dict(), path)
+    harness.gather(None)
+
+    model, optimizer = attached()
+    parameters = list(model.parameters())
+    step(model, optimizer, 0)
+    if harness.rank() == 0:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other elements are this rank's now than after the first step
+            optimizer.load_state_dict(torch.load(path, weights_only=True))
+    # Its memory is compared with this step's messages, and shared at the beginning of the next.
+    step(model, optimizer, 1)
+    judge = oracle.Grouped([list(range(6))], oracle.CurvatureOracle, memory=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(2, 7):
+            twin = copy.deepcopy(model.module)
+            optimizer.zero_grad()
+            loss_of(twin, number).backward()
+            loss_of(model, number).backward()
+            everyone = harness.gather([array(p.grad, p) for p in twin.parameters()])
+            assert oracle.error([array(p.grad, p) for p in parameters], judge(everyone)) < 1e-5
+            optimizer.step()
+    assert any("so the aggregator's history begins afresh" in str(w.message) for w in caught)
+    assert_equal_bits(parameters)
+    return int(optimizer.report.decision.memory["kept"][0, 0])
+
+
+def test_nothing_is_left_of_a_history_that_begins_afresh_while_training_goes_on(cluster, tmp_path):
+    assert cluster.run(foreign_in_the_middle, str(tmp_path / "state.pt")) == [5] * 3
 
 
 def uneven() -> int:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -97,6 +97,10 @@ class Cluster:
     def launcher(self) -> str:
         """The name of the launcher that starts them."""
         return self._spec.launcher
+
+    def with_ranks(self, number: int) -> Cluster:
+        """The same with another number of ranks."""
+        return Cluster(self._pools, replace(self._spec, ranks=number), self._timeout, self._module)
 
     def run(
         self,

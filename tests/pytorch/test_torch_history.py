@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -174,16 +173,11 @@ def oracle_continues(path: str, load: bool, steps: int = 8) -> Any:
 
 
 @pytest.mark.ranks(3)
-def test_another_number_of_workers_takes_up_a_gathered_history(cluster, cluster_pools, tmp_path):
-    from harness.cluster import Cluster
-    from harness.pool import Spec
-
+def test_another_number_of_workers_takes_up_a_gathered_history(cluster, tmp_path):
     path = str(tmp_path / "state.pt")
     assert cluster.run(oracle_continues, path, False) == [3] * 3
     for number in (2, 4):
-        spec = Spec(cluster.launcher, number, (), "")
-        other = Cluster(cluster_pools, spec, 120.0, sys.modules[__name__])
-        assert other.run(oracle_continues, path, True) == [number] * number
+        assert cluster.with_ranks(number).run(oracle_continues, path, True) == [number] * number
 
 
 def changes(what: str) -> None:
