@@ -13,7 +13,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["aggregate_before_unscaling", "unscale"]
+__all__ = ["WITHOUT_SCALER", "aggregate_before_unscaling", "other_scaler", "unscale"]
+
+WITHOUT_SCALER = (
+    "attach() was given a grad_scaler, but step() was called without it, along scaled gradients: call "
+    "scaler.step(optimizer), or leave grad_scaler= out if the loss is not scaled"
+)
+
+
+def other_scaler(given: Any) -> str:
+    """The sentence for a loss scaler that is not the one ``given`` to ``attach()``."""
+    which = "no grad_scaler" if given is None else "another grad_scaler"
+    return (
+        f"a GradScaler unscales the gradients, but attach() was given {which}, so scaled gradients were "
+        "aggregated as if they were not: give attach() that one, as grad_scaler="
+    )
 
 
 @functools.cache

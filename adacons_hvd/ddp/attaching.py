@@ -19,10 +19,11 @@ from ..engine.memory import STATE_KEY
 from ..engine.replicas import CHECK_REPLICAS
 from ..engine.settings import Parameters, Settings
 from ..torch_amp import aggregate_before_unscaling
+from .hooks import check_steps, introduce, unwrapped
 from .notes import Notes
 from .reducer import Reducer, looked_after
 
-__all__ = ["TIMEOUT", "attach", "check_timeout", "end_after_messages", "has_closure", "unwrapped"]
+__all__ = ["TIMEOUT", "attach", "check_timeout", "end_after_messages", "unwrapped_model"]
 
 #: For how many seconds a rank waits in attach() for the others.
 TIMEOUT = 300.0
@@ -166,17 +167,9 @@ def attach(
     reducer.watch()
     aggregate_before_unscaling()
     for *_, stepping in chains:
-        stepping.register_step_pre_hook(_BeforeStep(reducer))
-        stepping.register_step_post_hook(_AfterStep(reducer))
+        check_steps(stepping, reducer)
     for each in optimizers:
-        told: Any = each
-        told.aggregator = aggregator
-        told.report = None
-        told._adacons_unscaling = reducer.unscaling
-        # One that only wraps another, and asks it for its state, can lack what hooks need.
-        if hasattr(each, "_optimizer_state_dict_post_hooks"):
-            each.register_state_dict_post_hook(_Save(reducer))
-            each.register_load_state_dict_pre_hook(_Load(reducer))
+        introduce(each, aggregator, reducer, _Save(reducer), _Load(reducer))
 
 
 def gather_history(model: DistributedDataParallel) -> None:
@@ -230,33 +223,6 @@ class _Load:
             self.reducer.load_state_dict(ours)
 
 
-class _BeforeStep:
-    def __init__(self, reducer: Reducer) -> None:
-        self.reducer = reducer
-
-    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A closure makes the gradients that the step uses only now, so they are looked at afterwards.
-        if not has_closure(args, kwargs):
-            _check_step(self.reducer)
-
-
-class _AfterStep(_BeforeStep):
-    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if has_closure(args, kwargs):
-            _check_step(self.reducer)
-
-
-# A compiled step must look every time, too.
-@torch.compiler.disable
-def _check_step(reducer: Reducer) -> None:
-    reducer.check_step()
-
-
-def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    # The first argument is the optimizer itself.
-    return any(callable(argument) for argument in [*args[1:], *kwargs.values()])
-
-
 def _chains(optimizer: Any) -> list[list[torch.optim.Optimizer]]:
     """For each optimizer, what :func:`unwrapped` finds in it."""
     if not isinstance(optimizer, (list, tuple)):
@@ -264,18 +230,6 @@ def _chains(optimizer: Any) -> list[list[torch.optim.Optimizer]]:
     if not optimizer:
         raise ValueError("optimizer is an empty list: give attach() the optimizers of the model's parameters")
     return [unwrapped(each) for each in optimizer]
-
-
-def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizer and, if it wraps another, that one, and so on; the last takes the steps."""
-    found = [optimizer]
-    while isinstance(inner := getattr(found[-1], "optimizer", None), torch.optim.Optimizer):
-        if any(inner is known for known in found):
-            break
-        found.append(inner)
-    if not isinstance(found[-1], torch.optim.Optimizer) or not hasattr(optimizer, "param_groups"):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-    return found
 
 
 def check_timeout(timeout: Any) -> None:

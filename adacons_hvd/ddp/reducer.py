@@ -57,8 +57,9 @@ from ..engine.settings import Settings
 from ..ops.torch import arithmetic
 from ..report import Report
 from ..schedules import SCHEDULES, Step
-from ..torch_amp import unscale
+from ..torch_amp import WITHOUT_SCALER, other_scaler, unscale
 from ..torch_gradients import numbers
+from .hooks import raise_after_backward
 from .notes import PATIENCE, Notes, Stop
 from .parts import DensePart, Part, SparsePart
 from .replicas import Replicas
@@ -220,7 +221,7 @@ class Reducer:
         if error is not None:
             if not _in_backward():
                 raise error
-            _raise_after_backward(error)
+            raise_after_backward(error)
 
     def _aggregate(self, buckets: list[Any]) -> bool:
         """Do the rest of the step; returns whether gradients are aggregated now."""
@@ -240,7 +241,7 @@ class Reducer:
         except FloatingPointError as error:
             # A rank that has run out of data goes on keeping the others company, as they may go on.
             if _in_backward():
-                _raise_after_backward(error)
+                raise_after_backward(error)
             self._forget_parts()
             return False
         self.state.memory = decision.memory
@@ -320,7 +321,7 @@ class Reducer:
             return  # nothing that backward has left
         scaler = self.settings.grad_scaler
         if scaler is not None and scaler.is_enabled() and not self._scaler_came:
-            _raise_for(self._notes.stop(False, _WITHOUT_SCALER))
+            _raise_for(self._notes.stop(False, WITHOUT_SCALER))
         if self._stray:
             _raise_for(self._notes.stop(True, _NOT_AGGREGATED))
 
@@ -328,12 +329,7 @@ class Reducer:
         """Refuse a loss scaler, about to divide gradients, that was not known when they were aggregated."""
         given = self.settings.grad_scaler
         if scaler is not given:
-            which = "no grad_scaler" if given is None else "another grad_scaler"
-            why = (
-                f"a GradScaler unscales the gradients, but attach() was given {which}, so scaled gradients were "
-                "aggregated as if they were not: give attach() that one, as grad_scaler="
-            )
-            _raise_for(self._notes.stop(False, why))
+            _raise_for(self._notes.stop(False, other_scaler(given)))
         self._scaler_came = True
 
     def _stop_with_others(self) -> None:
@@ -350,12 +346,6 @@ class Reducer:
 _NOT_AGGREGATED = (
     "the last backward() failed, ran under no_sync(), or went through the module inside of DistributedDataParallel, "
     "and none that aggregates followed before the optimizer's step"
-)
-
-
-_WITHOUT_SCALER = (
-    "attach() was given a grad_scaler, but step() was called without it, along scaled gradients: call "
-    "scaler.step(optimizer), or leave grad_scaler= out if the loss is not scaled"
 )
 
 
@@ -411,19 +401,3 @@ def _sparse(model: torch.nn.Module) -> set[torch.Tensor]:
 
 def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _raise_after_backward(error: Exception) -> None:
-    """Raise from ``backward()``, but only when DDP has finished.
-
-    Raised in a communication hook, an error leaves DDP in the middle of a step, and its next
-    backward fails with an internal assertion. A callback runs when backward is over, in the order
-    of registration, and DDP registers its own after this one; hence a callback that registers
-    another.
-    """
-    engine: Any = torch.autograd.Variable._execution_engine
-
-    def last() -> None:
-        raise error
-
-    engine.queue_callback(lambda: engine.queue_callback(last))

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from ..aggregators import Aggregator
-from ..ddp.attaching import TIMEOUT, check_timeout, end_after_messages, has_closure, unwrapped
+from ..ddp.attaching import TIMEOUT, check_timeout, end_after_messages
+from ..ddp.hooks import check_steps, introduce, unwrapped
 from ..ddp.notes import Notes
 from ..engine.memory import STATE_KEY
 from ..engine.settings import Parameters, Settings
@@ -114,18 +115,11 @@ def attach(
     end_after_messages()
     reducer.take_over()
     aggregate_before_unscaling()
-    optimizers[-1].register_step_pre_hook(_BeforeStep(reducer))
+    check_steps(optimizers[-1], reducer)
     optimizers[-1].register_step_post_hook(_AfterStep(reducer))
     for each in optimizers:
-        told: Any = each
-        told.aggregator = aggregator
-        told.report = None
-        told._adacons_unscaling = reducer.unscaling
-        # One that only wraps another, and asks it for its state, can lack what hooks need.
-        if hasattr(each, "_optimizer_state_dict_post_hooks"):
+        if introduce(each, aggregator, reducer, _Save(reducer), _Load(reducer)):
             _make_place(each)
-            each.register_state_dict_post_hook(_Save(reducer))
-            each.register_load_state_dict_pre_hook(_Load(reducer))
             each.register_load_state_dict_post_hook(_make_place)
 
 
@@ -153,27 +147,12 @@ def _make_place(optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups[0][STATE_KEY] = ""
 
 
-class _BeforeStep:
+class _AfterStep:
     def __init__(self, reducer: Reducer) -> None:
         self.reducer = reducer
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A closure makes the gradients that the step uses only now, so they are looked at afterwards.
-        if not has_closure(args, kwargs):
-            _check_step(self.reducer)
-
-
-class _AfterStep(_BeforeStep):
-    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if has_closure(args, kwargs):
-            _check_step(self.reducer)
         self.reducer.after_step()
-
-
-# A compiled step must look every time, too.
-@torch.compiler.disable
-def _check_step(reducer: Reducer) -> None:
-    reducer.check_step()
 
 
 def _units(model: Any) -> list[Unit]:

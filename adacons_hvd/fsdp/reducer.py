@@ -19,17 +19,18 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .. import agreement
-from ..aggregators import Decision, Statistics, unpack_memory
+from ..aggregators import Decision, Statistics, pack_memory
 from ..collectives import host_name
 from ..collectives.distributed import TorchDistributed
 from ..costs import Choice
+from ..ddp.hooks import raise_after_backward
 from ..ddp.notes import Notes
 from ..ddp.replicas import Replicas
 from ..engine.memory import State, share_memory
@@ -40,7 +41,7 @@ from ..ops import ops_for
 from ..ops.torch import arithmetic, beside
 from ..report import Report
 from ..schedules import DenseBucket, Scatter, Segment, Step
-from ..torch_amp import unscale
+from ..torch_amp import WITHOUT_SCALER, other_scaler, unscale
 from .replicated import Replicated
 from .units import Unit
 
@@ -165,7 +166,7 @@ class Reducer:
         shard.zero_()
         if not self._refused:
             self._refused = True
-            _raise_after_backward(error)
+            raise_after_backward(error)
 
     # --- at the optimizer's step ----------------------------------------------------------------
 
@@ -183,10 +184,7 @@ class Reducer:
             raise stray_step(self._ranks, "the last backward() failed, and none followed before the optimizer's step")
         scaler = self.settings.grad_scaler
         if self._decided and scaler is not None and scaler.is_enabled() and not self._scaler_came:
-            raise agreement.DisagreementError(
-                "attach() was given a grad_scaler, but step() was called without it, along scaled gradients: call "
-                "scaler.step(optimizer), or leave grad_scaler= out if the loss is not scaled"
-            )
+            raise agreement.DisagreementError(WITHOUT_SCALER)
         self._report()
 
     def after_step(self) -> None:
@@ -197,11 +195,7 @@ class Reducer:
         """Refuse a loss scaler, about to divide gradients, that was not known when they were aggregated."""
         given = self.settings.grad_scaler
         if scaler is not given:
-            which = "no grad_scaler" if given is None else "another grad_scaler"
-            raise agreement.DisagreementError(
-                f"a GradScaler unscales the gradients, but attach() was given {which}, so scaled gradients were "
-                "aggregated as if they were not: give attach() that one, as grad_scaler="
-            )
+            raise agreement.DisagreementError(other_scaler(given))
         self._scaler_came = True
 
     def _report(self) -> None:
@@ -243,12 +237,12 @@ class Reducer:
             for unit, state in zip(self._units, self._states, strict=True)
         }
         workers = max(state.workers for state in self._states)
-        return json.dumps({"version": 1, "workers": workers, "units": units})
+        return json.dumps(pack_memory({"units": units}, workers))
 
     def load(self, text: str) -> None:
         """Take up what :meth:`save` returned, of the units that there are."""
-        saved: Mapping[str, Any] = json.loads(text)
-        units = saved["units"]
+        saved: dict[str, Any] = json.loads(text)
+        units = saved.pop("units")
         missing = [unit.name for unit in self._units if unit.name not in units]
         if missing:
             warnings.warn(
@@ -257,26 +251,10 @@ class Reducer:
                 stacklevel=2,
             )
         for unit, state in zip(self._units, self._states, strict=True):
-            memory, workers = unpack_memory(
-                {"version": saved["version"], "workers": saved["workers"], **units.get(unit.name, {})}
-            )
-            state.load_state_dict(
-                {
-                    "version": saved["version"],
-                    "workers": workers,
-                    **{name: torch.tensor(value, dtype=torch.float64) for name, value in memory.items()},
-                }
-            )
+            memory = {
+                name: torch.tensor(value, dtype=torch.float64) for name, value in units.get(unit.name, {}).items()
+            }
+            state.load_state_dict({**saved, **memory})
         self._decided.clear()
         # Loaded on some ranks only, it would not be the same on all of them.
         self._steps = 0
-
-
-def _raise_after_backward(error: Exception) -> None:
-    """Raise from ``backward()``, but only when FSDP has finished. Its callbacks come before a callback's callback."""
-    engine: Any = torch.autograd.Variable._execution_engine
-
-    def last() -> None:
-        raise error
-
-    engine.queue_callback(lambda: engine.queue_callback(last))

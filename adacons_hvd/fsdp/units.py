@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["Scatter", "Unit", "units_of"]
+__all__ = ["Unit", "units_of"]
 
 #: Called with a unit's number, the shard to fill, the whole gradient of this rank, and the process group.
 Reduce = Callable[[int, torch.Tensor, torch.Tensor, dist.ProcessGroup], None]
 
 
-class Scatter:
+class _ReduceScatter:
     """What FSDP calls in place of its reduce-scatter, for one unit."""
 
     def __init__(self, number: int, reduce: Reduce) -> None:
@@ -49,7 +49,7 @@ class Unit:
         self._module = module
         self._insides = insides
         self.device: torch.device = insides.device
-        self._scatter: Scatter | None = None
+        self._scatter: _ReduceScatter | None = None
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -87,7 +87,7 @@ class Unit:
 
     def take_over(self, number: int, reduce: Reduce) -> None:
         """Have ``reduce`` called in place of FSDP's reduce-scatter, with gradients as backward has left them."""
-        self._scatter = Scatter(number, reduce)
+        self._scatter = _ReduceScatter(number, reduce)
         self._module.set_custom_reduce_scatter(self._scatter)
         # FSDP would divide before or after it, by the number of ranks or by roots of it.
         self._module.set_gradient_divide_factor(1.0)
