@@ -12,30 +12,30 @@ import numpy as np
 import oracle
 from harness.elastic import ElasticJob
 
-# Stages are what lies between changes of the workers. A model with two optimizers; the second is made anew in each
+# Stages are what lies between changes of the workers. A model with three optimizers; the last is made anew in each
 # stage, as scripts do that make theirs inside of the training function. (Horovod's own, the one without an aggregator,
 # cannot be: its hooks outlive it.)
 SCRIPT = """
 import hashlib, json, os, signal, sys, time
 import torch
 import adacons_hvd.torch as hvd
-from adacons_hvd import AdaCons
+from adacons_hvd import AdaCons, Curvature
 from harness.elastic import tell
 from phases import watch
 
 plan = json.loads(sys.argv[1])
-aggregator = (lambda momentum: AdaCons(momentum=momentum)) if plan["aggregator"] else lambda momentum: None
 hvd.init()
 torch.manual_seed(os.getpid())  # nobody begins with what the others have
 body = torch.nn.Linear(4, 3).double()
+middle = torch.nn.Linear(3, 3).double()
 head = torch.nn.Linear(3, 1).double()
-model = torch.nn.Sequential(body, head)
+model = torch.nn.Sequential(body, middle, head)
 
-def optimizer_of(part, momentum, cls, **options):
+def optimizer_of(part, aggregator, cls, **options):
     inner = cls(part.parameters(), lr=0.01, **options)
     named = [(name, p) for name, p in model.named_parameters() if any(p is q for q in part.parameters())]
     schedule = plan["schedule"] if plan["aggregator"] else {}
-    return hvd.DistributedOptimizer(inner, named, aggregator=aggregator(momentum), **schedule)
+    return hvd.DistributedOptimizer(inner, named, aggregator=aggregator if plan["aggregator"] else None, **schedule)
 
 def flat(part, of):
     return torch.cat([of(p).reshape(-1) for p in part.parameters()]).tolist()
@@ -55,10 +55,12 @@ class Inner(torch.optim.AdamW):
 
 watch(reached)
 # With weight decay, because Horovod's broadcast_optimizer_state moves the parameters of newcomers then.
-optimizer = optimizer_of(body, 0.9, Inner, weight_decay=0.5)
+optimizer = optimizer_of(body, AdaCons(momentum=0.9), Inner, weight_decay=0.5)
+# Its history is spread over the workers.
+curved = optimizer_of(middle, Curvature(memory=4), torch.optim.SGD)
 
 def second_optimizer():
-    return optimizer_of(head, 0.0, torch.optim.SGD)
+    return optimizer_of(head, AdaCons(momentum=0.0), torch.optim.SGD)
 
 plain_second = None if plan["aggregator"] else second_optimizer()
 
@@ -73,16 +75,17 @@ def train(state):
         draw = torch.Generator().manual_seed(1000 * state.step + hvd.rank())
         x = torch.randn(8, 4, generator=draw, dtype=torch.float64)
         optimizer.zero_grad()
+        curved.zero_grad()
         second.zero_grad()
         loss = (model(x) - 4 - (1 + 0.3 * hvd.rank()) * x.sum(1, keepdim=True)).square().mean()
         parameters = list(model.parameters())
         own = dict(zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True)))
         place = dict(stage=state.stage, rank=hvd.rank(), size=hvd.size())
-        tell(begun=state.step + 1, raw=[flat(part, own.get) for part in (body, head)], **place)
+        tell(begun=state.step + 1, raw=[flat(part, own.get) for part in (body, middle, head)], **place)
         loss.backward()
         reached("backward")
         found = []
-        for part, one in ((body, optimizer), (head, second)):
+        for part, one in ((body, optimizer), (middle, curved), (head, second)):
             one.synchronize()
             found.append(flat(part, lambda p: p.grad))
             with one.skip_synchronize():
@@ -95,7 +98,7 @@ def train(state):
             state.commit()
         time.sleep(0.05)
 
-state = hvd.elastic.TorchState(model=model, optimizer=optimizer, step=0, workers=[], stage=-1, count=0)
+state = hvd.elastic.TorchState(model=model, optimizer=optimizer, curved=curved, step=0, workers=[], stage=-1, count=0)
 train(state)
 if plan["aggregator"]:
     tell(report=optimizer.report.as_dict())
@@ -139,7 +142,7 @@ def check(told, sizes, aggregator=True):
         assert {fact["size"] for (where, _), facts in done.items() if where == stage for fact in facts.values()} == {
             size
         }
-    momenta = {}  # by step: what the oracle remembers after it
+    memories = {0: (None, [])}  # by step: what the oracles remember after it
     redone = 0
     for (stage, step), facts in sorted(begun.items()):
         redone += (stage + 1, step) in begun
@@ -149,18 +152,16 @@ def check(told, sizes, aggregator=True):
             continue
         assert len({fact["bits"] for fact in finished.values()}) == 1, f"parameters differ after step {step}"
         raws = [facts[rank]["raw"] for rank in range(sizes[stage])]
-        before = momenta.get(step - 1)
-        if before is not None and len(before) != len(raws):
-            before = resampled(before, len(raws))
-        for part, momentum in enumerate((0.9, 0.0)):
-            judge = oracle.Oracle(momentum)
-            judge.m = before
+        momentum, means = memories[step - 1]
+        judges = [oracle.Oracle(0.9), oracle.CurvatureOracle(memory=4), oracle.Oracle(0.0)]
+        judges[0].m = None if momentum is None else resampled(momentum, len(raws))
+        judges[1].means = list(means)
+        for part, judge in enumerate(judges):
             raw = [np.array(theirs[part]) for theirs in raws]
             expected = judge(raw) if aggregator else sum(raw) / len(raw)
             for fact in finished.values():
                 assert oracle.error([fact["found"][part]], [expected]) < 1e-9, f"stage {stage}, step {step}"
-            if part == 0:
-                momenta[step] = judge.m
+        memories[step] = judges[0].m, judges[1].means
     return redone
 
 

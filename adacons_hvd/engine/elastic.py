@@ -25,7 +25,8 @@ class Library(Protocol):
     #: The errors that the framework raises when a collective fails, beside Horovod's own. Not those for wrong
     #: arguments: those do not become right by doing the same once more.
     COLLECTIVE_ERRORS: tuple[type[Exception], ...]
-    #: Whatever remembers something beside an optimizer, with ``state_dict`` and ``load_state_dict``.
+    #: Whatever remembers something beside an optimizer, with ``gather_history``, ``state_dict`` and
+    #: ``load_state_dict``.
     OTHER_MEMORIES: Sequence[Any]
 
     def broadcast_variables(self, variables: Sequence[Any], root_rank: int, process_set: Any = ...) -> None:
@@ -53,21 +54,29 @@ def make_state(library: Library) -> Any:
         """Variables and what aggregators remember, to be committed, restored and shared."""
 
         def __init__(self, **kwargs: Any) -> None:
+            self._restored = False
             self._save_values()
             super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **kwargs)
 
         def save(self) -> None:
+            for memory in self._memories():
+                # All ranks commit together. What only one of them held would be lost with it.
+                memory.gather_history()
+            self._restored = False
             self._save_values()
             super().save()
 
         def restore(self) -> None:
             for variable, value in zip(self._kept_variables(), self._values, strict=False):
                 library.assign(variable, value)
-            for memory, state in zip(self._memories(), self._states, strict=True):
-                memory.load_state_dict(state)
+            self._load_states()
+            self._restored = True
             super().restore()
 
         def sync(self) -> None:
+            if self._restored:
+                # Once more: a layout that was there keeps no more of a history than this rank's part.
+                self._load_states()
             with _failures_known(library):
                 share_variables(library, self._kept_variables(), 0)
                 share_memories(library, self._memories(), 0)
@@ -84,6 +93,10 @@ def make_state(library: Library) -> Any:
 
         def _memories(self) -> list[Any]:
             return list(library.OTHER_MEMORIES)
+
+        def _load_states(self) -> None:
+            for memory, state in zip(self._memories(), self._states, strict=True):
+                memory.load_state_dict(state)
 
         def _save_values(self) -> None:
             self._values = [library.copy_of(variable) for variable in self._kept_variables()]

@@ -204,6 +204,15 @@ class _Returned:
         """A :class:`adacons_hvd.report.Report` on the last step, or None."""
         return self._adacons.exchange.report
 
+    def gather_history(self) -> None:
+        """Bring the mean gradients of earlier steps, which are spread over the ranks, to every rank.
+
+        For an aggregator with a history, as ``Curvature``. All ranks call this before one of them saves the model, and
+        the file then holds all of them. Without it a file holds this rank's part, and training goes on where it was
+        only if every rank saves and loads its own.
+        """
+        self._adacons.exchange.gather_history()
+
     def register_local_var(self, variable: Any) -> None:
         """Keep the gradient of this variable each rank's own."""
         self._adacons.local.add(self._adacons.backend.key_of(variable))

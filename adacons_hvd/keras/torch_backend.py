@@ -134,6 +134,11 @@ class _Exchange:
             state = State().state_dict() if self._loaded is None else dict(self._loaded)
         return {name: value.cpu().numpy() if torch.is_tensor(value) else value for name, value in state.items()}
 
+    def gather_history(self) -> None:
+        """Hold the mean gradients of earlier steps of all ranks, until the next step. All ranks call this together."""
+        if self._reducer is not None:
+            self._reducer.gather_history()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         numbers = ("version", "workers")
         self._loaded = {

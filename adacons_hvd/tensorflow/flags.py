@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
@@ -22,7 +22,9 @@ from ..engine.replicas import compare_replicas, raise_stray_step, stray_step
 from ..engine.settings import Settings
 from ..ops.tensorflow import digest
 from . import errors
-from .layout import Layout
+
+if TYPE_CHECKING:
+    from .layout import Layout
 
 __all__ = ["Exchange", "Flags", "digests_of"]
 
@@ -35,6 +37,8 @@ class Flags(NamedTuple):
     new_layout: Any = 0
     #: How many steps its aggregator remembers.
     steps: Any = 0
+    #: And how many steps' mean gradients it has kept, if it keeps any.
+    kept: Any = 0
     #: The digest of its layout's description.
     layout: Any = 0
     #: How many steps it has taken since ranks laid out together.
@@ -70,6 +74,7 @@ class Exchange:
         """Every rank's row of the flags; zeros for those that have joined."""
         mine = Flags(
             steps=tf.cast(tf.reduce_max(layout.memory["steps"]), tf.int64) if layout.memory else 0,
+            kept=tf.cast(tf.reduce_max(layout.past.variables["kept"]), tf.int64) if layout.past else 0,
             layout=layout.digest,
             count=layout.count.read_value(),
             replicas=tf.reduce_sum(digests),
@@ -79,16 +84,16 @@ class Exchange:
 
     def _same_layout(self, layout: Layout, table: tf.Tensor) -> tf.Tensor:
         """Fail unless all ranks are about to do the same."""
-        gramian = self._aggregator is not None and self._aggregator.needs_gramian
+        needs = "" if self._aggregator is None else self._aggregator.needs
         flags = Flags(*tf.unstack(table, axis=1))
         here = flags.here == 1
         fine = ~here | ((flags.new_layout == 0) & (flags.stray == 0) & (flags.layout == layout.digest))
-        if gramian:
+        if needs:
             fine &= here
         return errors.check(
             ~tf.reduce_all(fine),
             _refuse_disagreement,
-            lambda: [table, tf.constant(layout.digest, tf.int64), repr(self._aggregator)],
+            lambda: [table, tf.constant(layout.digest, tf.int64), repr(self._aggregator), needs],
         )
 
     def _equal_replicas(self, layout: Layout, table: tf.Tensor, digests: tf.Tensor) -> tf.Tensor:
@@ -164,7 +169,7 @@ def _refuse_stray(flags: Flags) -> None:
         raise stray_step(stray, "the error on that rank says how")
 
 
-def _refuse_disagreement(table: list[list[int]], layout: int, aggregator: str) -> None:
+def _refuse_disagreement(table: list[list[int]], layout: int, aggregator: str, needs: str) -> None:
     flags = Flags(*zip(*table, strict=True))
     _refuse_stray(flags)
     changed = [
@@ -179,8 +184,7 @@ def _refuse_disagreement(table: list[list[int]], layout: int, aggregator: str) -
         )
     gone = [rank for rank, here in enumerate(flags.here) if not here]
     raise RuntimeError(
-        f"{aggregator} needs the Gramian of all gradients, which cannot be computed once a rank has called "
-        f"hvd.join(), and {by_ranks(gone)} did."
+        f"{aggregator} needs {needs}, which cannot be had once a rank has called hvd.join(), and {by_ranks(gone)} did"
     )
 
 

@@ -17,9 +17,12 @@ from .. import agreement
 from ..collectives import host_name
 from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_variable
 from ..costs import Choice
+from ..engine.history import Place, intervals_of
 from ..engine.session import ONLY_SUMS, Arrival, Parameter, agree, canonical_names, choose_schedule, describe
 from ..engine.settings import Settings, check_members
-from .packing import Gradient, Packing, Slot, pack
+from ..schedules import SCHEDULES
+from .memory import Memories, Past
+from .packing import DensePacking, Gradient, Packing, Slot, pack
 from .variables import is_trainable, is_variable, key_of, native
 
 __all__ = ["Layout", "check_granularity", "lay_out"]
@@ -50,6 +53,8 @@ class Layout:
     compared: list[int]
     #: The aggregator's memory of these groups.
     memory: dict[str, tf.Variable]
+    #: Its history, where it has one.
+    past: Past | None = None
     #: For eager code: the graph of a step, and that of the digests of the variables.
     compiled: Any = None
     digests: Any = None
@@ -64,11 +69,11 @@ def lay_out(
     *,
     loss_scaling: bool,
     meet: Callable[[int], None],
-    memory_of: Callable[[tuple[Hashable, ...]], dict[str, tf.Variable]],
+    memories: Memories,
 ) -> Layout:
     """Agree with the other ranks on slots, packings and schedule, and make them.
 
-    ``meet`` makes sure that all ranks lay out now, and ``memory_of`` has the variables for the groups' memory.
+    ``meet`` makes sure that all ranks lay out now, and ``memories`` has the variables for the groups' memory.
     """
     keys = [key_of(variable, i) for i, variable in enumerate(variables)]
     group_of, groups = settings.group_parameters(keys)
@@ -104,27 +109,38 @@ def lay_out(
         name,
     )
 
-    def packings_for(schedule: str, slots: Sequence[Slot]) -> list[Packing]:
+    aggregator = settings.aggregator
+    history = 0 if aggregator is None else aggregator.history
+
+    def packings_for(schedule_name: str, slots: Sequence[Slot]) -> list[Packing]:
         return pack(
-            f"{name}.{schedule}",
+            f"{name}.{schedule_name}",
             slots,
-            workers=collectives.size,
+            SCHEDULES[schedule_name](collectives, history=history),
             bucket_bytes=settings.bucket_bytes,
             together=settings.shared_buckets([slot.key for slot in slots]),
             compression=settings.compression,
         )
 
-    joined_packings = None
+    packings = packings_for(choice.schedule, used) if aggregator is not None else []
+    joined_packings, past = None, None
     only_sums = choice.schedule == ONLY_SUMS.schedule and not any(slot.sparse for slot in used)
-    if settings.aggregator is not None and not settings.aggregator.needs_gramian and not only_sums:
+    if aggregator is not None and not aggregator.needs and not only_sums:
         joined_packings = packings_for(ONLY_SUMS.schedule, [replace(slot, sparse=False) for slot in used])
+    if history:
+
+        def compare(memory: tuple[int, int], held: Sequence[tuple[int, int]]) -> list[Arrival]:
+            return agree(collectives, replace(mine, memory=memory, held=held), description, name)
+
+        lengths, places = _places(used, packings)
+        past = memories.resume(labels, lengths, places, collectives, name, settings.process_set.ranks, compare)
     with tf.device("cpu"):
         here = make_variable(tf.one_hot(collectives.rank, collectives.size, dtype=tf.int64))
         count = make_variable(tf.zeros((), tf.int64))
     return Layout(
         slots,
         active,
-        packings_for(choice.schedule, used),
+        packings,
         joined_packings,
         labels,
         choice,
@@ -132,8 +148,18 @@ def lay_out(
         here,
         count,
         _compared(settings, variables, slots),
-        memory_of(labels),
+        memories.of(labels, collectives.size) | ({} if past is None else past.variables),
+        past,
     )
+
+
+def _places(slots: Sequence[Slot], packings: Sequence[Packing]) -> tuple[list[int], list[Place]]:
+    """The lengths of the dense gradients, and where in all of them the elements of each packing lie."""
+    dense = [slot for slot in slots if not slot.sparse]
+    lengths = [slot.length for slot in dense]
+    intervals = {slot.index: interval for slot, interval in zip(dense, intervals_of(lengths), strict=True)}
+    keepers = [(packing.slots, packing.kept) for packing in packings if isinstance(packing, DensePacking)]
+    return lengths, [Place(kept, [intervals[slot.index] for slot in members]) for members, kept in keepers if kept]
 
 
 def check_granularity(settings: Settings, variables: Sequence[Any]) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import tensorflow as tf
 from horovod.tensorflow.compression import Compression
 
+from ..collectives.horovod_tensorflow import make_variable
 from ..engine.plan import Item, plan_buckets, segments
-from ..ops.tensorflow import distinct
+from ..ops.tensorflow import distinct, past_room
 from ..schedules import Bucket, DenseBucket, Schedule, SparseBucket
 
-__all__ = ["DensePacking", "Packing", "Slot", "SparsePacking", "pack"]
+__all__ = ["DensePacking", "Kept", "Packing", "Slot", "SparsePacking", "pack"]
 
 Gradient = Any  # a tf.Tensor or tf.IndexedSlices
 
@@ -87,6 +88,15 @@ class Packing:
         raise NotImplementedError
 
 
+@dataclass
+class Kept:
+    """The mean gradients of earlier steps of one packing's elements, beyond the life of its buckets."""
+
+    length: int
+    schedule: Schedule
+    past: tf.Variable
+
+
 @dataclass(frozen=True)
 class DensePacking(Packing):
     """Slots side by side in a flat tensor of one element type."""
@@ -96,16 +106,17 @@ class DensePacking(Packing):
     dtype: tf.DType
     compression: Any
     workers: int
+    #: Where the aggregator has a history.
+    kept: Kept | None = None
 
     def pack(self, gradients: Mapping[int, Gradient], schedule: Schedule) -> DenseBucket:
         parts = [self._flat(gradients[slot.index]) for slot in self.slots]
-        # Shards have equal length, so the tensor is padded to a multiple of the workers.
-        length = sum(slot.length for slot in self.slots)
-        padding = -length % self.workers
+        padding = _padded(self.slots, self.workers) - sum(slot.length for slot in self.slots)
         if padding:
             parts.append(tf.zeros((padding,), self.dtype))
         buffer = tf.concat(parts, 0) if len(parts) > 1 else parts[0]
-        return DenseBucket(self.name, buffer, segments((slot.length, slot.group) for slot in self.slots), schedule)
+        pieces = segments((slot.length, slot.group) for slot in self.slots)
+        return DenseBucket(self.name, buffer, pieces, schedule, past=None if self.kept is None else self.kept.past)
 
     def unpack(self, bucket: DenseBucket) -> dict[int, Gradient]:
         results = {}
@@ -154,8 +165,8 @@ class SparsePacking(Packing):
 def pack(
     name: str,
     slots: Sequence[Slot],
+    schedule: Schedule,
     *,
-    workers: int,
     bucket_bytes: int,
     together: Sequence[Sequence[Hashable]] | None,
     compression: Any,
@@ -176,8 +187,22 @@ def pack(
         if bucket.sparse:
             packings.append(SparsePacking(f"{name}.{number}", members))
         else:
-            packings.append(DensePacking(f"{name}.{number}", members, dtype_of(members[0]), transform, workers))
+            kept = _kept(members, dtype_of(members[0]), schedule) if schedule.history else None
+            workers = schedule.collectives.size
+            packings.append(DensePacking(f"{name}.{number}", members, dtype_of(members[0]), transform, workers, kept))
     return packings
+
+
+def _padded(slots: Sequence[Slot], workers: int) -> int:
+    """How many elements a bucket of these slots has: shards have equal length, so a multiple of the workers."""
+    length = sum(slot.length for slot in slots)
+    return length + -length % workers
+
+
+def _kept(slots: Sequence[Slot], dtype: tf.DType, schedule: Schedule) -> Kept:
+    length = _padded(slots, schedule.collectives.size)
+    start, stop = schedule.kept(length)
+    return Kept(length, schedule, make_variable(past_room(tf.zeros((), dtype), schedule.history, stop - start)))
 
 
 def _real(dtype: tf.DType) -> tf.DType:

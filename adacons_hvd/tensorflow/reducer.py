@@ -91,12 +91,6 @@ class Reducer:
     """Aggregates gradients for one optimizer, or for one set of parameters of a tape."""
 
     def __init__(self, settings: Settings) -> None:
-        aggregator = settings.aggregator
-        if aggregator is not None and (aggregator.history or aggregator.elementwise):
-            raise NotImplementedError(
-                f"{aggregator!r} needs {aggregator.needs}, for which the TensorFlow binding has no place yet; it works "
-                "with PyTorch, over Horovod and with DistributedDataParallel"
-            )
         _reducers.add(self)
         self.settings = settings
         self._memories = Memories(settings.aggregator)
@@ -163,7 +157,7 @@ class Reducer:
             session.layouts[keys] = layout
         if layout is not session.last:
             with tf.init_scope():
-                self._memories.use(layout.labels)
+                self._memories.use(layout.labels, layout.past)
             session.last = layout
         return layout
 
@@ -183,7 +177,7 @@ class Reducer:
             variables,
             loss_scaling=self._loss_scaling,
             meet=session.flags.meet,
-            memory_of=lambda labels: self._memories.of(labels, session.collectives.size),
+            memories=self._memories,
         )
 
     def _call(
@@ -267,7 +261,7 @@ class Reducer:
             return average(settings, collectives, session.name, slots, gradients, all_here)
         if not layout.packings:  # nothing has any elements
             return gradients
-        memory = shared(layout.memory, seen, collectives, session.name)
+        memory = shared(layout.memory, layout.past, seen, collectives, session.name)
         predivide = settings.gradient_predivide_factor
 
         def step() -> GraphStep:
@@ -314,6 +308,11 @@ class Reducer:
     def state_dict(self) -> dict[str, Any]:
         """The aggregator's memory, as numbers and arrays."""
         return self._memories.state_dict()
+
+    def gather_history(self) -> None:
+        """Hold the mean gradients of earlier steps of all ranks, until the next step. All ranks call this together."""
+        if self._session is not None:
+            self._memories.gather_history(self._session.collectives, self._session.name)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned, saved by any number of workers."""

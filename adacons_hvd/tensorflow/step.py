@@ -52,7 +52,7 @@ class GraphStep(Step):
     ) -> Outcome:
         """Add the operations that aggregate gradients, given by their slots' indices, to the graph."""
         self._begin_graph()
-        schedule = SCHEDULES[schedule_name](self.collectives, predivide)
+        schedule = SCHEDULES[schedule_name](self.collectives, predivide, self.aggregator.history)
         buckets = [packing.pack(gradients, schedule) for packing in packings]
         decision, statistics = self.run(buckets, memory, unscale)
         results = dict(gradients)  # what has no elements is in no packing
@@ -69,6 +69,7 @@ class GraphStep(Step):
             "squares": statistics.squares,
             "present": statistics.present,
             **{f"stage {name}": value for name, value in decision.stages.items()},
+            **({} if decision.past_weights is None else {"past weights": decision.past_weights}),
         }
         return Outcome(found, memory, seen)
 
@@ -96,9 +97,10 @@ class Seen:
         seen = {name: variable.read_value() for name, variable in self._variables.items()}
         memory = {name: variable.read_value() for name, variable in layout.memory.items()}
         stages = {name.removeprefix("stage "): value for name, value in seen.items() if name.startswith("stage ")}
-        decision = Decision(seen["weights"], memory, seen["fallback"], stages)
+        decision = Decision(seen["weights"], memory, seen["fallback"], stages, seen.get("past weights"))
         statistics = Statistics(seen["dots"], seen["squares"], seen["present"])
-        return Report(decision, statistics, layout.choice if seen["all here"] else ONLY_SUMS)
+        history_bytes = 0 if layout.past is None else layout.past.history.bytes
+        return Report(decision, statistics, layout.choice if seen["all here"] else ONLY_SUMS, history_bytes)
 
 
 def identities(gradients: Sequence[Gradient]) -> list[Gradient]:

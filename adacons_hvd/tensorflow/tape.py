@@ -299,6 +299,16 @@ class TapeState(StateBase):
         states = {**_restored, **{place: reducer.state_dict() for place, reducer in enumerate(_reducers.values())}}
         return {f"{place}/{name}": value for place, state in states.items() for name, value in state.items()}
 
+    def gather_history(self) -> None:
+        """Bring the mean gradients of earlier steps, which are spread over the ranks, to every rank.
+
+        For aggregators with a history, as ``Curvature``. All ranks call this before one of them saves a checkpoint,
+        which then holds all of them; it is good until the next step.
+        """
+        with tf.init_scope():
+            for reducer in list(_reducers.values()):
+                reducer.gather_history()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _restored.clear()
         for key, value in state.items():

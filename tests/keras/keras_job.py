@@ -38,11 +38,11 @@ def data(rows: int = 32, rank: int | None = None, seed: int = 0) -> tuple[np.nda
     return x, y.astype(np.float32)
 
 
-def network(keras: Any, **first: Any) -> Any:
+def network(keras: Any, dtype: str | None = None, **first: Any) -> Any:
     """A small model that is the same on every rank."""
-    model = keras.Sequential(
-        [keras.Input((6,)), keras.layers.Dense(5, activation="tanh", **first), keras.layers.Dense(1)]
-    )
+    dense = keras.layers.Dense
+    layers = [keras.Input((6,), dtype=dtype), dense(5, activation="tanh", dtype=dtype, **first), dense(1, dtype=dtype)]
+    model = keras.Sequential(layers)
     rng = np.random.default_rng(3)
     model.set_weights([rng.standard_normal(w.shape) * 0.5 for w in model.get_weights()])
     return model
@@ -105,16 +105,27 @@ def own_gradients(model: Any, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
 
 
 def fit_beside_oracle(
-    keras: Any, hvd: Any, steps: int = 20, tolerance: float = 1e-5, fit: dict[str, Any] | None = None, **options: Any
+    keras: Any,
+    hvd: Any,
+    steps: int = 20,
+    tolerance: float = 1e-5,
+    fit: dict[str, Any] | None = None,
+    dtype: str | None = None,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Any:
-    """Train by ``model.fit`` with AdaCons and hold every step's gradients against the oracle."""
+    """Train by ``model.fit``, by default with AdaCons, and hold every step's gradients against the oracle.
+
+    ``settings`` are those of :class:`oracle.Grouped`.
+    """
     import oracle
 
     from adacons_hvd import AdaCons
 
-    x, y = data(8 * steps)
-    model = network(keras)
-    optimizer = hvd.DistributedOptimizer(recording(keras)(0.02), aggregator=AdaCons(), **options)
+    x, y = (array.astype(dtype or "float32") for array in data(8 * steps))
+    model = network(keras, dtype)
+    options.setdefault("aggregator", AdaCons())
+    optimizer = hvd.DistributedOptimizer(recording(keras)(0.02), **options)
     model.compile(optimizer, loss="mse", **(fit or {}))
     raw: list[list[np.ndarray]] = []
     found: list[list[np.ndarray]] = []
@@ -130,7 +141,7 @@ def fit_beside_oracle(
     model.fit(x, y, batch_size=8, epochs=1, shuffle=False, verbose=0, callbacks=[Watch()])
     everyone = harness.gather(raw)
     assert len(found) == steps
-    judge = oracle.Grouped([list(range(len(raw[0])))])
+    judge = oracle.Grouped([list(range(len(raw[0])))], **(settings or {}))
     for step in range(steps):
         off = oracle.error(found[step], judge([worker[step] for worker in everyone]))
         assert off <= tolerance, f"step {step} is off by {off:.2e}, more than {tolerance:.0e}"

@@ -129,7 +129,7 @@ def test_what_cannot_go_on_says_so(cluster):
         import tensorflow as tf
 
         import adacons_hvd.tensorflow as hvd
-        from adacons_hvd import Aggregator
+        from adacons_hvd import Aggregator, Curvature
 
         class ByGramian(Aggregator):
             needs_gramian = True
@@ -140,20 +140,26 @@ def test_what_cannot_go_on_says_so(cluster):
         hvd.init()
         weights, more = tf.Variable([1.0, 2.0]), tf.Variable([3.0])
 
-        def step(variables):
+        by_gramian = ByGramian()
+
+        def step(variables, aggregator=by_gramian):
             with tf.GradientTape() as tape:
                 loss = tf.add_n([tf.reduce_sum(v) for v in variables]) * (hvd.rank() + 1.0)
-            tape = hvd.DistributedGradientTape(tape, aggregator=ByGramian())
+            tape = hvd.DistributedGradientTape(tape, aggregator=aggregator)
             return tape.gradient(loss, variables)
 
         step([weights])
+        history = Curvature(2, workers=False)
+        step([weights], history)
         messages = []
         if hvd.rank() != 1:
             with pytest.raises(RuntimeError) as gramian:
                 step([weights])
+            with pytest.raises(RuntimeError) as past:
+                step([weights], history)
             with pytest.raises(RuntimeError) as another:
                 step([weights, more])
-            messages = [str(gramian.value), str(another.value)]
+            messages = [str(gramian.value), str(past.value), str(another.value)]
         hvd.join()
         return messages
 
@@ -163,4 +169,5 @@ def test_what_cannot_go_on_says_so(cluster):
     for messages in (first, third):
         assert "needs the Gramian" in messages[0]
         assert "and rank 1 did" in messages[0]
-        assert "rank 1 called hvd.join(); new parameters cannot be agreed on" in messages[1]
+        assert "needs the mean gradients of earlier steps, which cannot be had once a rank has called" in messages[1]
+        assert "rank 1 called hvd.join(); new parameters cannot be agreed on" in messages[2]

@@ -94,10 +94,11 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         may_differ: variables that are meant to differ between ranks, left out of that. Local
             variables are left out by themselves.
 
-    The returned optimizer has three more attributes: ``aggregator``; ``report``, a
-    :class:`adacons_hvd.report.Report` on the last step, or None; and ``register_local_var``, as in
-    Horovod. What Keras saves of it is what it would save of the wrapped optimizer, and beside that
-    the aggregator's memory.
+    The returned optimizer has four more attributes: ``aggregator``; ``report``, a
+    :class:`adacons_hvd.report.Report` on the last step, or None; ``register_local_var``, as in
+    Horovod; and ``gather_history()``, which all ranks call before one of them saves what an
+    aggregator with a history, as ``Curvature``, remembers. What Keras saves of it is what it
+    would save of the wrapped optimizer, and beside that the aggregator's memory.
 
     Start this with ``horovodrun -np 2 python script.py``:
 
