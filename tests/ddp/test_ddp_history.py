@@ -24,7 +24,7 @@ def beside_the_oracle(dtype_name: str, tolerance: float) -> int:
     import torch
     from ddp_job import network, train
 
-    from adacons_hvd import Curvature
+    from adacons_hvd import Curvature, NormalizedMean
 
     cases = list(itertools.product(SETTINGS, SCHEDULES, ["model", "layer"]))
     for seed, (settings, schedule, granularity) in enumerate(cases):
@@ -41,6 +41,15 @@ def beside_the_oracle(dtype_name: str, tolerance: float) -> int:
         report = optimizer.report
         assert (report.schedule, report.fallbacks) == (schedule, 0)
         assert (report.history_bytes > 0) == (settings["memory"] > 0)
+    for schedule, length in (("two-pass", "unit"), ("one-pass", "agreement")):
+        optimizer = train(
+            network(0, getattr(torch, dtype_name)),
+            aggregator=NormalizedMean(length),
+            schedule=schedule,
+            oracle_settings={"oracle": oracle.NormalizedMeanOracle, "length": length},
+            tolerance=tolerance,
+        )
+        assert optimizer.report.fallbacks == 0
     return len(cases)
 
 

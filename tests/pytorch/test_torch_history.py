@@ -28,13 +28,16 @@ def wrapped(model: Any, aggregator: Any, **options: Any) -> Any:
 
 
 def train(dtype_name: str, tolerance: float, steps: int = 30) -> int:
-    """Train by both schedules with every setting and granularity; how many combinations there were."""
+    """Train by both schedules with every setting and granularity; how many combinations there were.
+
+    And some steps with the mean at a length of its own.
+    """
     import oracle
     import torch
     from torch_job import Batches, compare, loss_of, network
 
     import adacons_hvd.torch as hvd
-    from adacons_hvd import Curvature
+    from adacons_hvd import Curvature, NormalizedMean
 
     hvd.init()
     dtype = getattr(torch, dtype_name)
@@ -59,6 +62,17 @@ def train(dtype_name: str, tolerance: float, steps: int = 30) -> int:
         width = torch.finfo(dtype).bits // 8
         # One row more than steps, and padding in each bucket.
         assert report.history_bytes >= (settings["memory"] + 1) * kept * width * bool(settings["memory"])
+    for schedule, length in (("two-pass", "unit"), ("one-pass", "agreement")):
+        model, batches = network(0, dtype), Batches(0, dtype)
+        optimizer = wrapped(model, NormalizedMean(length), schedule=schedule)
+        compare(
+            optimizer,
+            list(model.parameters()),
+            lambda _: loss_of(model, batches).backward(),  # noqa: B023 - called before the next
+            settings={"oracle": oracle.NormalizedMeanOracle, "length": length},
+            tolerance=tolerance,
+        )
+        assert optimizer.report.fallbacks == 0
     return len(cases)
 
 

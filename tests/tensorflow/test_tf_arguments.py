@@ -182,28 +182,3 @@ def test_many_models_in_a_process_are_no_cause_for_warnings(cluster):
         return said
 
     assert cluster.run(train) == [[]] * 2
-
-
-def test_what_needs_more_than_weights_is_refused(cluster):
-    def refusals() -> list[str]:
-        import tensorflow as tf
-        from element_wise import TrimmedMean
-
-        import adacons_hvd.tensorflow as hvd
-        from adacons_hvd import Curvature
-
-        hvd.init()
-        weight, found = tf.Variable([1.0, 2.0]), []
-        for aggregator in (Curvature(workers=False), TrimmedMean()):
-            with tf.GradientTape() as tape:
-                loss = tf.reduce_sum(weight * weight)
-            tape = hvd.DistributedGradientTape(tape, aggregator=aggregator)
-            with pytest.raises(NotImplementedError) as caught:
-                tape.gradient(loss, weight)
-            found.append(str(caught.value))
-        return found
-
-    first, second = cluster.run(refusals)
-    assert first == second
-    assert "needs the mean gradients of earlier steps, for which the TensorFlow binding has no place yet" in first[0]
-    assert "needs every worker's gradient element by element, for which the TensorFlow binding" in first[1]
