@@ -31,7 +31,7 @@ help: ## list the commands
 setup: $(STAMPS)/package ## system packages, .venv, pinned stack, Horovod; done by every other command
 
 .PHONY: demo
-demo: setup ## a distributed training run on this machine: AdaCons beside averaging
+demo: setup ## a distributed training run on this machine: an average, AdaCons and Curvature side by side
 	@$(RUN) python examples/demo.py $(DEMO_ARGS)
 
 .PHONY: test
@@ -57,7 +57,7 @@ page: setup ## docs/measurements.md and its charts, from the data in benchmarks/
 	@$(RUN) python -m benchmarks.page
 
 .PHONY: evidence
-evidence: setup ## whether consensus helps: the studies of docs/evidence.md, an hour or two
+evidence: setup ## which aggregator helps: the studies of docs/evidence.md, up to nine hours of one core
 	@$(RUN) python -m benchmarks.evidence $(EVIDENCE_ARGS)
 
 .PHONY: docs

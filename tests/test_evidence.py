@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from adacons_hvd import AdaCons
-from benchmarks.evidence import __main__, contenders, linear, report, search, spread, studies, training
-from benchmarks.evidence.contenders import ADACONS, AVERAGE, CONTENDERS, EqualLengths, NormalizedMean, SubspaceNewton
+from benchmarks.evidence import __main__, contenders, linear, page, report, search, spread, studies, training
+from benchmarks.evidence.contenders import ADACONS, AVERAGE, CONTENDERS, CURVATURE, EqualLengths
 from benchmarks.evidence.tasks import task
 from benchmarks.evidence.training import Setting
 
@@ -26,24 +26,10 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_controls_are_what_their_names_say(rows):
-    torch.testing.assert_close(NormalizedMean()(rows), unit(rows.mean(0)))
     torch.testing.assert_close(EqualLengths()(rows), unit(rows).mean(0))
     # AdaCons is EqualLengths wherever all workers agree equally with the mean.
     symmetric = torch.eye(6, dtype=torch.float64) + 0.3
     torch.testing.assert_close(AdaCons()(symmetric), EqualLengths()(symmetric))
-
-
-def test_the_second_order_variant_is_a_damped_natural_gradient(rows):
-    """Held against the d x d matrix that the Gramian stands for."""
-    count, length = rows.shape
-    damping = 0.7 * rows.square().sum(1).mean() / count
-    fisher = rows.T @ rows / count
-    expected = unit(torch.linalg.solve(fisher + damping * torch.eye(length, dtype=torch.float64), rows.mean(0)))
-    torch.testing.assert_close(SubspaceNewton(0.7)(rows), expected)
-    torch.testing.assert_close(SubspaceNewton(1e9)(rows), unit(rows.mean(0)))
-    shortest = SubspaceNewton(1e-9)(rows)
-    inner = rows @ shortest
-    torch.testing.assert_close(inner, inner.mean().expand(count))
 
 
 def test_others_only_leaves_out_the_own_gradient(rows):
@@ -57,6 +43,7 @@ def test_others_only_leaves_out_the_own_gradient(rows):
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_a_length_is_what_the_search_is_told(rows, name):
     contender = CONTENDERS[name]
+    # Their own direction is all that curvature knows of them, so it does not turn the step.
     same = rows[:1].expand(8, -1)
     expected = {"average": same[0], "unit": unit(same[0]), "sum": 8 * same[0]}[contender.length]
     torch.testing.assert_close(contender.make()(same), expected)
@@ -73,6 +60,51 @@ def test_tasks_learn(name):
     assert after is not None
     assert work.best(before, after) == after != before
     assert after == training.train(setting, 2.0**-6, seed=0, final=True)
+
+
+@pytest.mark.parametrize("name", ["images", "language"])
+def test_larger_models_have_the_parameters_that_their_names_say(name):
+    for size, many in {"100k": 1e5, "1M": 1e6, "10M": 1e7}.items():
+        if (name, size) != ("language", "10M"):
+            shapes = task(f"{name} {size}").shapes.values()
+            assert sum(map(math.prod, shapes)) == pytest.approx(many, rel=0.1)
+
+
+def test_gradients_are_the_same_one_by_one_and_together(monkeypatch):
+    work = task("images")
+    vector = work.start(torch.Generator().manual_seed(0))
+    x, y = work.train[0][:24].view(3, 8, -1), work.train[1][:24].view(3, 8)
+    together = training.gradients_of(work, len(vector))(work.named(vector), x, y)
+    monkeypatch.setattr(training, "LARGE", 1)
+    one_by_one = training.gradients_of(work, len(vector))(work.named(vector), x, y)
+    torch.testing.assert_close(one_by_one, together)
+
+
+@pytest.mark.parametrize(
+    ("plain", "other"),
+    [
+        ({}, {"schedule": "cosine"}),
+        ({}, {"schedule": "constant"}),
+        ({"optimizer": "Adam"}, {"optimizer": "Adam", "beta2": 0.9}),
+        ({"optimizer": "AdamW"}, {"optimizer": "AdamW", "decay": 1.0}),
+        ({"optimizer": "AdamW"}, {"optimizer": "Muon"}),
+        ({"optimizer": "Muon"}, {"optimizer": "Muon", "decay": 1.0}),
+        ({"clip": "after", "threshold": 0.1}, {"clip": "after", "threshold": 0.2}),
+    ],
+)
+def test_what_is_tuned_changes_the_run(plain, other):
+    base = {"task": "images", "contender": AVERAGE, "workers": 2, "batch": 8, "steps": 12}
+    first, second = (training.train(Setting(**base, **more), 2.0**-5, 0, True) for more in (plain, other))
+    assert first is not None
+    assert second is not None
+    assert first != second
+
+
+def test_schedules_end_where_they_say():
+    for name, end in {"linear": 0, "cosine": 0, "constant": 1}.items():
+        factors = [training.SCHEDULES[name](step / 10) for step in range(11)]
+        assert factors == sorted(factors, reverse=True)
+        assert (factors[0], factors[-1]) == (1, pytest.approx(end, abs=1e-9))
 
 
 def test_a_rate_that_is_too_high_is_no_result():
@@ -111,13 +143,25 @@ def test_the_best_rate_is_inside_the_grid_and_found_once(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "train", train)
     setting = Setting("recommender", AVERAGE)
     record = search.Record(tmp_path / "runs.json")
-    result = search.measure(record, setting)
+    result = search.measure(record, [setting])
     assert result.rate == 4
     assert {4 / 2, 4 * 2} <= {rate for rate, _ in asked}
     assert not {seed for rate, seed in asked if rate != 4} & set(search.REPORTED)
     asked.clear()
-    assert search.measure(search.Record(tmp_path / "runs.json"), setting) == result
+    assert search.measure(search.Record(tmp_path / "runs.json"), [setting]) == result
     assert asked == []
+
+
+def test_a_method_takes_the_best_of_its_settings_on_validation_data(tmp_path, monkeypatch):
+    def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None:
+        # The largest threshold is best where results are measured, which must not count.
+        return (setting.threshold if final else -abs(setting.threshold - 2)) - abs(math.log2(rate))
+
+    monkeypatch.setattr(search, "train", train)
+    settings = [Setting("recommender", AVERAGE, clip="after", threshold=threshold) for threshold in (1.0, 2.0, 4.0)]
+    result = search.measure(search.Record(tmp_path / "runs.json"), settings)
+    assert result.setting.threshold == 2
+    assert result.scores == [2.0] * len(search.REPORTED)
 
 
 def test_intervals_are_student_s():
@@ -139,10 +183,64 @@ def test_a_larger_batch_makes_workers_agree():
     assert 0 < large["angle"] < small["angle"] < 90
 
 
+@pytest.fixture
+def quick_rates(monkeypatch):
+    """Training is replaced by a sum, so that what is asked for is what counts."""
+    asked = []
+
+    def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None:
+        asked.append((setting.contender, seed))
+        return 50.0 + len(setting.contender) - abs(math.log2(rate) + 3) + seed / 100
+
+    monkeypatch.setattr(search, "train", train)
+    return asked
+
+
+def test_a_study_ends_with_its_budget_and_tells_what_it_has(tmp_path, quick_rates, monkeypatch):
+    [grid] = [grid for grid in studies.grids() if grid.title == "workers, Adam"]
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(__main__.time, "process_time", lambda: next(clock))
+    record = search.Record(tmp_path / "runs.json")
+    __main__.run(grid, record, search.CHOOSING, grid.seeds)
+    asked = len(quick_rates)
+    assert 0 < asked < len(grid.cells) * 11
+    found = page.study(grid, search.Finished([record.path]), search.CHOOSING, grid.seeds)
+    assert len(quick_rates) == asked
+    done = {cell["column"]: len(cell["scores"]) for cell in found["cells"]}
+    assert "4" in done
+    assert "128" not in done
+    assert all(report.lead(found, CURVATURE, AVERAGE, column) for column in done)
+
+
+def test_the_page_is_made_of_records_of_several_processes(tmp_path, quick_rates, capsys):
+    for name, count in (("one", "4"), ("two", "8")):
+        [grid] = [grid for grid in studies.grids() if grid.title == "workers, SGD"]
+        part = {key: cell for key, cell in grid.cells.items() if key[1] == count}
+        record = search.Record(tmp_path / f"{name}.json")
+        __main__.run(studies.replace(grid, cells=part), record, search.CHOOSING, grid.seeds)
+    asked = len(quick_rates)
+    places = ["--results", tmp_path / "data.txt", "--page", tmp_path / "page.md"]
+    assert __main__.main(["--report", "--only", "workers, SGD", "--out", str(tmp_path), *map(str, places)]) == 0
+    assert len(quick_rates) == asked
+    written = (tmp_path / "page.md").read_text()
+    assert f"| {CURVATURE} − {AVERAGE} | **+2.00 ± 0.00** | **+2.00 ± 0.00** |" in written
+    assert "(Not run yet: `trouble, SGD`.)" in written
+    # Without any records, the page is made of the data alone.
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert __main__.main(["--report", "--out", str(empty), *map(str, places)]) == 0
+    assert (tmp_path / "page.md").read_text() == written
+
+
+def test_the_page_is_that_of_the_data():
+    written = (__main__.DOCS / "evidence.md").read_text(encoding="utf-8")
+    assert page.text_of(page.merged({}, page.RESULTS)) == written, "run python -m benchmarks.evidence --report"
+
+
 def test_every_study_s_settings_are_distinct_runs():
     """A setting's text is what its runs are remembered by."""
     for quick in (False, True):
-        cells = [cell for grid in studies.grids(quick) for cell in grid.cells.values()]
+        cells = [setting for grid in studies.grids(quick) for cell in grid.cells.values() for setting in cell]
         assert len({str(cell) for cell in cells}) == len(set(cells))
 
 

@@ -1,27 +1,18 @@
-"""The contenders are the four rows of the paper's ablation, controls without consensus, and a second-order variant."""
+"""The contenders are the four rows of the paper's ablation, controls without consensus, and second-order rules."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from adacons_hvd import AdaCons, Aggregator, Decision, Mean, Statistics
+from adacons_hvd import AdaCons, Aggregator, Curvature, Decision, Mean, NormalizedMean, Statistics
 from adacons_hvd.aggregators import Memory
 
 Table = torch.Tensor
-
-
-class NormalizedMean(Aggregator):
-    """The average scaled to unit length: what normalising does without consensus."""
-
-    def weights(self, statistics: Statistics) -> Table:
-        here = statistics.present.double()
-        # The squared length of a mean is the mean of the inner products with it.
-        count = here.sum(-1, keepdim=True)
-        length = ((here * statistics.dots).sum(-1, keepdim=True) / count).clamp(min=0).sqrt()
-        return here / (count * length)
 
 
 class EqualLengths(Aggregator):
@@ -31,33 +22,6 @@ class EqualLengths(Aggregator):
         here = statistics.present.double()
         lengths = torch.where(statistics.norms > 0, statistics.norms, torch.inf)
         return here / (here.sum(-1, keepdim=True) * lengths)
-
-
-class SubspaceNewton(Aggregator):
-    """The minimum of a damped quadratic model within the span of the workers' gradients, at unit length.
-
-    The model's curvature is the empirical Fisher matrix, F = 1/N sum_i g_i g_i^T, of which the
-    span sees all: with K the Gramian, (F + damping)^-1 gbar = sum_i w_i g_i where
-    (K / N + damping) w = 1 / N. Damping is relative to the mean diagonal of K / N: much of it gives
-    the normalised average, little gives the shortest vector in the gradients' affine hull. The
-    learning rate is the radius of the trust region, on whose boundary every step ends.
-    """
-
-    needs_gramian = True
-
-    def __init__(self, damping: float = 1.0) -> None:
-        if damping <= 0:
-            raise ValueError(f"damping must be positive, got {damping!r}")
-        self.damping = float(damping)
-
-    def weights(self, statistics: Statistics) -> Table:
-        assert statistics.gramian is not None
-        table, here = statistics.gramian, statistics.present.double()
-        mean = (here * statistics.squares).sum(-1, keepdim=True) / here.sum(-1, keepdim=True)
-        damped = table + self.damping * torch.diag_embed(mean.expand_as(here))
-        step = here * torch.linalg.solve(damped, here)
-        length = torch.einsum("...i,...ij,...j->...", step, table, step).clamp(min=0).sqrt()
-        return step / length[..., None]
 
 
 class OthersOnly(AdaCons):
@@ -80,15 +44,18 @@ class Contender:
     length: str
 
 
-AVERAGE, NORMALIZED, EQUAL, ADACONS, NEWTON = (
-    "average",
-    "normalised average",
-    "equal lengths",
-    "AdaCons",
-    "subspace Newton",
-)
-LONG = "AdaCons, length of average"
-OTHERS, LIGHT, HEAVY = "AdaCons, others only", f"{NEWTON}, damping 0.1", f"{NEWTON}, damping 10"
+AVERAGE, NORMALIZED, EQUAL, ADACONS = "average", "normalised average", "equal lengths", "AdaCons"
+LONG, OTHERS = "AdaCons, length of average", "AdaCons, others only"
+#: Curvature of the workers' gradients and the averages of eight earlier steps; of the workers alone; of averages alone.
+CURVATURE, WORKERS_ONLY, PAST_ONLY = "Curvature", "Curvature, workers only", "Curvature, past only"
+AGREEING, AGREEING_CURVATURE = "average, length by agreement", "Curvature, length by agreement"
+DAMPINGS, MEMORIES = (0.1, 0.3, 3.0, 10.0), (2, 4, 16, 32)
+
+
+def _curvature(**settings: Any) -> Contender:
+    return Contender(functools.partial(Curvature, **settings), "unit")
+
+
 CONTENDERS = {
     AVERAGE: Contender(Mean, "average"),
     NORMALIZED: Contender(NormalizedMean, "unit"),
@@ -98,8 +65,12 @@ CONTENDERS = {
     "normalization": Contender(lambda: AdaCons(momentum=0), "unit"),
     ADACONS: Contender(AdaCons, "unit"),
     LONG: Contender(lambda: AdaCons(scale="average"), "average"),
-    NEWTON: Contender(SubspaceNewton, "unit"),
-    LIGHT: Contender(lambda: SubspaceNewton(0.1), "unit"),
-    HEAVY: Contender(lambda: SubspaceNewton(10), "unit"),
     OTHERS: Contender(OthersOnly, "unit"),
+    CURVATURE: _curvature(),
+    WORKERS_ONLY: _curvature(memory=0),
+    PAST_ONLY: _curvature(workers=False),
+    AGREEING: Contender(lambda: NormalizedMean(length="agreement"), "unit"),
+    AGREEING_CURVATURE: _curvature(length="agreement"),
+    **{f"{CURVATURE}, damping {damping:g}": _curvature(damping=damping) for damping in DAMPINGS},
+    **{f"{CURVATURE}, memory {memory}": _curvature(memory=memory) for memory in MEMORIES},
 }

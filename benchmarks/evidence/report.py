@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from . import linear
-from .contenders import ADACONS, AVERAGE, LONG, NEWTON, NORMALIZED, OTHERS
-from .search import Result
 from .spread import BATCHES, MOMENTS, WORKERS, Looks
-from .studies import Grid
+
+#: A study's data, as in ``benchmarks/results/evidence.json``; see :func:`page.study`.
+Study = dict[str, Any]
 
 #: Student's t for a two-sided interval of 95%, by the number of seeds.
-STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 #: The published sample's final losses, by batch and method, and the iteration they are of.
 PUBLISHED = {
@@ -41,45 +41,59 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(differences), half
 
 
-def scores(grid: Grid, results: Mapping[tuple[str, str], Result]) -> str:
+def scores(study: Study) -> str:
     """Mean and standard deviation over seeds, and the learning rate, of every method."""
-    rows, columns = (list(dict.fromkeys(key[axis] for key in grid.cells)) for axis in (0, 1))
-    digits = _digits(results)
+    found = {(cell["row"], cell["column"]): cell for cell in study["cells"]}
+    digits = _digits(study)
 
-    def cell(result: Result) -> str:
-        mean, spread = statistics.fmean(result.scores), statistics.stdev(result.scores)
-        return f"{mean:.{digits}f} ± {spread:.{digits}f} ({_power(result.rate)})"
+    def cell(row: str, column: str) -> str:
+        if (row, column) not in found:
+            return ""
+        values, at = found[row, column]["scores"], found[row, column]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.{digits}f}{spread} ({', '.join([_power(at['power']), *at['chosen']])})"
 
-    return table(["", *columns], [[row, *(cell(results[row, column]) for column in columns)] for row in rows])
+    rows, columns = (list(dict.fromkeys(key[axis] for key in found)) for axis in (0, 1))
+    return table(["", *columns], [[row, *(cell(row, column) for column in columns)] for row in rows])
 
 
-def differences(grid: Grid, results: Mapping[tuple[str, str], Result]) -> str:
-    """Methods against one another, seed by seed; bold where zero is outside the interval."""
-    rows, columns = (list(dict.fromkeys(key[axis] for key in grid.cells)) for axis in (0, 1))
-    digits = _digits(results)
-    pairs = [(NORMALIZED, AVERAGE), *((ADACONS, control) for control in grid.controls)]
-    pairs += [(LONG, AVERAGE), (NEWTON, NORMALIZED), (NEWTON, ADACONS), (OTHERS, ADACONS)]
-    pairs = [pair for pair in pairs if set(pair) <= set(rows)]
-
-    def cell(ours: Result, control: Result) -> str:
-        mean, half = interval([x - y for x, y in zip(ours.scores, control.scores, strict=True)])
-        text = f"{mean:+.{digits}f} ± {half:.{digits}f}".replace("-", "−")
-        return f"**{text}**" if abs(mean) > half else text
-
+def leads(study: Study) -> str:
+    """Each method's lead over another, seed by seed: positive where the former is better."""
+    columns = list(dict.fromkeys(cell["column"] for cell in study["cells"]))
     lines = [
-        [f"{ours} − {control}", *(cell(results[ours, column], results[control, column]) for column in columns)]
-        for ours, control in pairs
+        [f"{ours} − {control}", *(lead(study, ours, control, column) for column in columns)]
+        for ours, control in study["pairs"]
     ]
-    return table(["", *columns], lines)
+    return table(["", *columns], [line for line in lines if any(line[1:])])
 
 
-def _digits(results: Mapping[tuple[str, str], Result]) -> int:
+def lead(study: Study, ours: str, control: str, column: str) -> str:
+    """One of them, bold where zero is outside the interval; nothing where runs are missing."""
+    found = compared(study, ours, control, column)
+    if found is None:
+        return ""
+    (mean, half), digits = interval(found), _digits(study)
+    text = f"{mean:+.{digits}f} ± {half:.{digits}f}".replace("-", "−")
+    text = f"**{text}**" if abs(mean) > half else text
+    return text if len(found) == study["seeds"] else f"{text} ({len(found)} seeds)"
+
+
+def compared(study: Study, ours: str, control: str, column: str) -> list[float] | None:
+    """The lead with each seed that both have, if these are enough for an interval."""
+    found = {cell["row"]: cell["scores"] for cell in study["cells"] if cell["column"] == column}
+    if not {ours, control} <= found.keys():
+        return None
+    sign = 1 if study["better"] == "more" else -1
+    differences = [sign * (x - y) for x, y in zip(found[ours], found[control], strict=False)]
+    return differences if len(differences) >= min(3, study["seeds"]) else None
+
+
+def _digits(study: Study) -> int:
     """Percentages are told to a hundredth, losses to a thousandth."""
-    return 2 if max(max(result.scores) for result in results.values()) > 20 else 3
+    return 2 if study["better"] == "more" else 3
 
 
-def _power(rate: float) -> str:
-    exponent = round(math.log2(rate))
+def _power(exponent: int) -> str:
     return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
@@ -161,4 +175,28 @@ def draw_spreads(found: Looks, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("weights: deviation / mean")
     axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def draw_sizes(points: Mapping[str, Sequence[tuple[float, float, float]]], unit: str, path: Path) -> None:
+    """Lines of leads with their intervals, by the number of parameters."""
+    figure, (axis,) = _axes(1, 3.2)
+    figure.set_figwidth(6.4)
+    for place, (name, line) in enumerate(points.items()):
+        sizes, means, halves = zip(*line, strict=True)
+        # Side by side, so that their intervals can be told apart.
+        axis.errorbar(
+            [size * 1.06**place for size in sizes],
+            means,
+            halves,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linewidth=1.2,
+            label=name,
+        )
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xscale="log", xlabel="parameters", ylabel=f"lead over the average, {unit}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ REPORTED = (0, 1, 2, 3, 4)
 FARTHEST = 12
 
 
+class UnfinishedError(LookupError):
+    """A run that is not in a record which only reads."""
+
+
 class Record:
     """Finished runs by what they were, in a file that grows with each of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.runs = _load(path)
 
     def get(self, key: str, run: Callable[[], Any]) -> Any:
         if key not in self.runs:
@@ -43,6 +48,23 @@ class Record:
         return found if isinstance(found, float) else worst
 
 
+class Finished(Record):
+    """The runs that several records hold; none is added."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.runs = {key: value for path in paths for key, value in _load(path).items()}
+
+    def get(self, key: str, run: Callable[[], Any]) -> Any:
+        if key not in self.runs:
+            raise UnfinishedError(key)
+        return self.runs[key]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
 @dataclass(frozen=True)
 class Result:
     """A method at its best rate."""
@@ -54,24 +76,21 @@ class Result:
 
 
 def first_guess(setting: Setting) -> int:
-    """Where to look for the best rate first, as a power of two."""
-    if setting.optimizer == "Adam":
-        return -6
+    """Where to look for the best rate first, as a power of two. A larger model wants a lower one."""
+    larger = {"": 0, "100k": 1, "1M": 2, "10M": 3}[setting.task.partition(" ")[2]]
+    if setting.optimizer != "SGD":
+        return -6 - larger
     return {"average": -2, "unit": -1, "sum": -2 - (setting.workers - 1).bit_length()}[
         CONTENDERS[setting.contender].length
     ]
 
 
-def best_rate(record: Record, setting: Setting, choosing: tuple[int, ...] = CHOOSING) -> float:
+def best_rate(record: Record, setting: Setting, choosing: Sequence[int] = CHOOSING) -> float:
     """Climb a grid of powers of two until both neighbours of a rate are worse than it."""
     best = task(setting.task).best
-
-    def mean(power: int) -> float:
-        return sum(record.score(setting, 2.0**power, seed, final=False) for seed in choosing) / len(choosing)
-
     start = at = first_guess(setting)
     while True:
-        found = best((at, at - 1, at + 1), key=mean)
+        found = best((at, at - 1, at + 1), key=lambda power: validation(record, setting, 2.0**power, choosing))
         if found == at:
             return 2.0**at
         at = int(found)
@@ -79,11 +98,30 @@ def best_rate(record: Record, setting: Setting, choosing: tuple[int, ...] = CHOO
             raise ValueError(f"{setting}: still better at a rate of {2.0**at:g}; guess again")
 
 
+def validation(record: Record, setting: Setting, rate: float, choosing: Sequence[int]) -> float:
+    return math.fsum(record.score(setting, rate, seed, final=False) for seed in choosing) / len(choosing)
+
+
+def choose(record: Record, settings: Sequence[Setting], choosing: Sequence[int] = CHOOSING) -> tuple[Setting, float]:
+    """The best of a method's settings, each at its own best rate."""
+    rates = {setting: best_rate(record, setting, choosing) for setting in settings}
+    best = task(settings[0].task).best
+    scores = [validation(record, setting, rate, choosing) for setting, rate in rates.items()]
+    return list(rates.items())[scores.index(best(scores))]
+
+
 def measure(
     record: Record,
-    setting: Setting,
-    choosing: tuple[int, ...] = CHOOSING,
-    reported: tuple[int, ...] = REPORTED,
+    settings: Sequence[Setting],
+    choosing: Sequence[int] = CHOOSING,
+    reported: Sequence[int] = REPORTED,
 ) -> Result:
-    rate = best_rate(record, setting, choosing)
-    return Result(setting, rate, [record.score(setting, rate, seed, final=True) for seed in reported])
+    """The method's result; of a record that only reads, with the seeds that are finished."""
+    setting, rate = choose(record, settings, choosing)
+    scores: list[float] = []
+    for seed in reported:
+        try:
+            scores.append(record.score(setting, rate, seed, final=True))
+        except UnfinishedError:
+            break
+    return Result(setting, rate, scores)

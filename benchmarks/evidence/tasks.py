@@ -34,6 +34,8 @@ class Task:
     validation: Examples
     #: Where results are measured.
     test: Examples
+    #: The matrices between the first layer's input and the last layer, for optimizers that treat them on their own.
+    hidden: tuple[str, ...]
     #: The figure reported, of outputs and targets, and its name; ``best`` is ``max`` or ``min``.
     score: Callable[[torch.Tensor, torch.Tensor], float]
     metric: str
@@ -56,48 +58,63 @@ class Task:
         return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
 
 
+#: How wide a model is in order to have about so many parameters.
+IMAGE_WIDTHS = {"": 64, "100k": 230, "1M": 900, "10M": 3050}
+LANGUAGE_WIDTHS = {"": 32, "100k": 84, "1M": 280}
+
+
 @functools.cache
 def task(name: str) -> Task:
-    return {"images": _images, "language": _language, "recommender": _recommender}[name]()
+    """A task by its name, which may end in the number of parameters: ``"images"``, ``"images 1M"``."""
+    what, _, size = name.partition(" ")
+    if what == "images":
+        return _images(IMAGE_WIDTHS[size])
+    return _language(LANGUAGE_WIDTHS[size]) if what == "language" else _recommender()
 
 
 def _accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:
     return 100 * float((outputs.argmax(1) == targets).float().mean())
 
 
-def _images() -> Task:
-    """Fashion-MNIST at half its resolution, and a network of two hidden layers: 17,418 parameters."""
+@functools.cache
+def _fashion(name: str) -> Examples:
+    """Fashion-MNIST at half its resolution."""
 
-    def read(name: str, header: int) -> torch.Tensor:
-        data = gzip.decompress((IMAGES / f"{name}.gz").read_bytes())
+    def read(file: str, header: int) -> torch.Tensor:
+        data = gzip.decompress((IMAGES / f"{name}-{file}.gz").read_bytes())
         return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8)
 
-    def load(name: str) -> Examples:
-        pixels = (read(f"{name}-images-idx3-ubyte", 16).view(-1, 1, 28, 28).float() / 255 - 0.286) / 0.353
-        return functional.avg_pool2d(pixels, 2).flatten(1), read(f"{name}-labels-idx1-ubyte", 8).long()
+    pixels = (read("images-idx3-ubyte", 16).view(-1, 1, 28, 28).float() / 255 - 0.286) / 0.353
+    return functional.avg_pool2d(pixels, 2).flatten(1), read("labels-idx1-ubyte", 8).long()
+
+
+def _images(width: int) -> Task:
+    """Fashion-MNIST, and a network of two hidden layers: 17,418 parameters at a width of 64."""
 
     def model(p: Parameters, x: torch.Tensor) -> torch.Tensor:
         x = functional.relu(functional.linear(x, p["w1"], p["b1"]))
         x = functional.relu(functional.linear(x, p["w2"], p["b2"]))
         return functional.linear(x, p["w3"], p["b3"])
 
-    x, y = load("train")
+    x, y = _fashion("train")
+    shapes = {"w1": (width, 196), "b1": (width,), "w2": (width, width), "b2": (width,), "w3": (10, width), "b3": (10,)}
     return Task(
-        {"w1": (64, 196), "b1": (64,), "w2": (64, 64), "b2": (64,), "w3": (10, 64), "b3": (10,)},
+        shapes,
         model,
         functional.cross_entropy,
         train=(x[:50_000], y[:50_000]),
         validation=(x[50_000:], y[50_000:]),
-        test=load("t10k"),
+        test=_fashion("t10k"),
+        hidden=("w1", "w2"),
         score=_accuracy,
         metric="test accuracy, %",
         best=max,
     )
 
 
-def _language() -> Task:
+def _language(width: int) -> Task:
     """The next character of the licences that every Debian system holds; a transformer of one layer."""
-    width, length = 32, 32
+    length = 32
     # The names that are links lead to texts that are read under their own names.
     files = sorted(path for path in LICENCES.iterdir() if not path.is_symlink())
     texts = [path.read_text(encoding="utf-8") for path in files]
@@ -140,6 +157,7 @@ def _language() -> Task:
         train=windows(cut(0, 0.8), 1),
         validation=windows(cut(0.8, 0.9), length),
         test=windows(cut(0.9, 1), length),
+        hidden=("qkv", "mix", "up", "down"),
         score=lambda outputs, targets: float(loss(outputs, targets)),
         metric="test loss, nats per character",
         best=min,
@@ -192,6 +210,7 @@ def _recommender() -> Task:
         train=(x[:first], clicks[:first]),
         validation=(x[first:second], clicks[first:second]),
         test=(x[second:], clicks[second:]),
+        hidden=("w1",),
         score=_area,
         metric="test AUC, %",
         best=max,

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.func import grad, vmap
 
 from .contenders import CONTENDERS
-from .tasks import Task, task
+from .tasks import Parameters, Task, task
+
+#: The rate's factor, by the share of training that is over.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda over: 1 - over,
+    "cosine": lambda over: (1 + math.cos(math.pi * over)) / 2,
+    "constant": lambda over: 1.0,
+}
+#: From so many parameters on, memory decides what is fast: one worker after the other, into the same rows.
+LARGE = 500_000
 
 
 @dataclass(frozen=True)
@@ -28,14 +39,27 @@ class Setting:
     #: Which gradients are clipped: "", "before" they are aggregated or "after".
     clip: str = ""
     threshold: float = 0.0
-    #: Whether the rate falls linearly to zero, or stays.
-    falls: bool = True
+    #: How the rate falls to zero, "linear" or as a "cosine"; or "constant".
+    schedule: str = "linear"
+    #: The share that Adam's average of squares keeps of its past.
+    beta2: float = 0.999
+    #: The weight decay of AdamW and Muon.
+    decay: float = 0.0
 
     def __str__(self) -> str:
         words = [self.task, self.contender, self.optimizer, f"{self.workers} x {self.batch}", f"{self.steps} steps"]
         words += [self.trouble, f"clipped {self.clip} at {self.threshold:g}" if self.clip else ""]
-        words += ["" if self.falls else "constant rate"]
+        words += ["" if self.schedule == "linear" else f"{self.schedule} rate"]
+        words += ["" if self.beta2 == 0.999 else f"beta2 {self.beta2:g}"]
+        words += [f"decay {self.decay:g}" if self.decay else ""]
         return ", ".join(word for word in words if word)
+
+    @property
+    def choice(self) -> str:
+        """What was tuned of it beside the rate."""
+        if self.clip:
+            return f"clipped at {self.threshold:g}"
+        return f"decay {self.decay:g}" if self.optimizer in ("AdamW", "Muon") else f"beta2 {self.beta2:g}"
 
 
 def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None:
@@ -48,13 +72,13 @@ def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None
     generator = torch.Generator().manual_seed(seed)
     vector = work.start(generator)
     parameters = work.named(vector)
-    slopes = vmap(grad(lambda p, x, y: work.loss(work.model(p, x), y)), (None, 0, 0))
+    gradients = gradients_of(work, len(vector))
     aggregator = CONTENDERS[setting.contender].make()
-    optimizer = _optimizer(setting.optimizer, vector, rate)
+    optimizers = _optimizers(setting, work, vector, parameters)
     shards = shares(setting, work, generator)
     for step in range(setting.steps):
         x, y = draw(setting, work, shards, generator)
-        rows = torch.cat([piece.flatten(1) for piece in slopes(parameters, x, y).values()], 1)
+        rows = gradients(parameters, x, y)
         spoil(setting, rows, generator)
         if setting.clip == "before":
             rows *= (setting.threshold / rows.norm(dim=1, keepdim=True)).clamp(max=1)
@@ -62,8 +86,11 @@ def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None
         if setting.clip == "after":
             direction *= (setting.threshold / direction.norm()).clamp(max=1)
         vector.grad = direction
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / setting.steps if setting.falls else 1)
-        optimizer.step()
+        for name, piece in work.named(direction).items():
+            parameters[name].grad = piece
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * SCHEDULES[setting.schedule](step / setting.steps)
+            optimizer.step()
         if step % 20 == 0 and not vector.isfinite().all():
             return None
     x, y = work.test if final else work.validation
@@ -71,10 +98,42 @@ def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None
     return found if math.isfinite(found) and vector.isfinite().all() else None
 
 
-def _optimizer(name: str, vector: torch.Tensor, rate: float) -> torch.optim.Optimizer:
-    if name == "SGD":
-        return torch.optim.SGD([vector], lr=rate, momentum=0.9)
-    return torch.optim.Adam([vector], lr=rate)
+def gradients_of(work: Task, size: int) -> Callable[[Parameters, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The function that computes the gradients of all workers, ``[N, size]``, each for a batch of its own."""
+    rows = torch.empty(0, size)
+
+    def one_by_one(parameters: Parameters, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        rows.resize_(len(x), size)
+        leaves = {name: piece.detach().requires_grad_() for name, piece in parameters.items()}
+        for row, inputs, targets in zip(rows, x, y, strict=True):
+            found = torch.autograd.grad(work.loss(work.model(leaves, inputs), targets), list(leaves.values()))
+            torch.cat([piece.flatten() for piece in found], out=row)
+        return rows
+
+    def together(parameters: Parameters, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([piece.flatten(1) for piece in slopes(parameters, x, y).values()], 1)
+
+    slopes = vmap(grad(lambda p, x, y: work.loss(work.model(p, x), y)), (None, 0, 0))
+    return one_by_one if size >= LARGE else together
+
+
+def _optimizers(
+    setting: Setting, work: Task, vector: torch.Tensor, parameters: Parameters
+) -> list[torch.optim.Optimizer]:
+    """All of the model in one vector, but for Muon, which takes hidden matrices and leaves AdamW the rest."""
+    if setting.optimizer == "SGD":
+        return [torch.optim.SGD([vector], momentum=0.9)]
+    adam: dict[str, Any] = {"betas": (0.9, setting.beta2), "fused": len(vector) >= LARGE}
+    if setting.optimizer == "Adam":
+        return [torch.optim.Adam([vector], **adam)]
+    adam["weight_decay"] = setting.decay
+    if setting.optimizer == "AdamW":
+        return [torch.optim.AdamW([vector], **adam)]
+    hidden = [parameters[name] for name in work.hidden]
+    others = [piece for name, piece in parameters.items() if name not in work.hidden]
+    # With steps as long as AdamW's, one rate suits both.
+    muon = torch.optim.Muon(hidden, weight_decay=setting.decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, **adam)]
 
 
 def shares(setting: Setting, work: Task, generator: torch.Generator) -> torch.Tensor:
