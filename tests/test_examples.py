@@ -52,8 +52,9 @@ def test_the_demo_ends_in_a_table_and_a_picture(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "after 12 steps on 2 workers" in result.stdout
-    assert "AdaCons" in result.stdout
-    assert "average" in result.stdout
+    for method in ("average", "AdaCons", "Curvature"):
+        # Once with its rate and its score, and once with the workers' shares.
+        assert result.stdout.count(f"│ {method} ") == 2
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
