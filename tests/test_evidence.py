@@ -88,7 +88,6 @@ def test_gradients_are_the_same_one_by_one_and_together(monkeypatch):
         ({"optimizer": "Adam"}, {"optimizer": "Adam", "beta2": 0.9}),
         ({"optimizer": "AdamW"}, {"optimizer": "AdamW", "decay": 1.0}),
         ({"optimizer": "AdamW"}, {"optimizer": "Muon"}),
-        ({"optimizer": "Muon"}, {"optimizer": "Muon", "decay": 1.0}),
         ({"clip": "after", "threshold": 0.1}, {"clip": "after", "threshold": 0.2}),
     ],
 )
@@ -98,6 +97,15 @@ def test_what_is_tuned_changes_the_run(plain, other):
     assert first is not None
     assert second is not None
     assert first != second
+
+
+def test_muon_has_the_hidden_matrices_and_both_decay():
+    work = task("images")
+    vector = work.start(torch.Generator().manual_seed(0))
+    setting = Setting("images", AVERAGE, "Muon", decay=0.5)
+    groups = [one.param_groups[0] for one in training.optimizers_of(setting, work, vector, work.named(vector))]
+    assert [[piece.ndim for piece in group["params"]] for group in groups] == [[2, 2], [1, 1, 2, 1]]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.5]
 
 
 def test_schedules_end_where_they_say():

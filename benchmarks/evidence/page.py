@@ -126,9 +126,9 @@ def summary(studies: Studies, optimizer: str) -> str:
         for name, small in _SMALL.items()
     ]
     rows += [
-        (f"{kind}, {name}, {optimizer}", size, f"{name}, {size}, 8 workers, 200 steps")
+        (f"{kind}, {name}, {optimizer}", size, f"{name}, {size}, {count} workers, 200 steps")
         for name in ("images", "language")
-        for kind in ("size", "largest")
+        for kind, count in {"size with 32 workers": 32, "size": 8, "largest": 8}.items()
         for size in _PARAMETERS
     ]
     pairs = [*((method, AVERAGE) for method in _METHODS), (CURVATURE, NORMALIZED)]

@@ -128,6 +128,13 @@ def sizes(task: str, optimizer: str, minutes: int) -> Grid:
     return Grid(f"size, {task}, {optimizer}", cells(rows, (smallest, "100k", "1M"), setting), LEADS, minutes)
 
 
+def sizes_of_many() -> Grid:
+    """Again with as many workers as the other studies have."""
+    rows = (AVERAGE, NORMALIZED, CURVATURE)
+    found = cells(rows, ("100k", "1M"), lambda name, size: Setting(f"images {size}", name, "Adam"))
+    return Grid("size with 32 workers, images, Adam", found, LEADS, 60)
+
+
 def largest() -> Grid:
     rows = (AVERAGE, NORMALIZED, CURVATURE)
     return Grid(
@@ -253,6 +260,7 @@ def grids(quick: bool = False) -> list[Grid]:
         sizes("images", "Adam", 20),
         sizes("images", "SGD", 20),
         sizes("language", "Adam", 45),
+        sizes_of_many(),
         *(longer(task) for task in TASKS),
         *(sweep(task) for task in TASKS),
         *(schedules(task, optimizer) for task in ("images", "language") for optimizer in OPTIMIZERS),

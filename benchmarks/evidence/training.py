@@ -74,7 +74,7 @@ def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None
     parameters = work.named(vector)
     gradients = gradients_of(work, len(vector))
     aggregator = CONTENDERS[setting.contender].make()
-    optimizers = _optimizers(setting, work, vector, parameters)
+    optimizers = optimizers_of(setting, work, vector, parameters)
     shards = shares(setting, work, generator)
     for step in range(setting.steps):
         x, y = draw(setting, work, shards, generator)
@@ -117,7 +117,7 @@ def gradients_of(work: Task, size: int) -> Callable[[Parameters, torch.Tensor, t
     return one_by_one if size >= LARGE else together
 
 
-def _optimizers(
+def optimizers_of(
     setting: Setting, work: Task, vector: torch.Tensor, parameters: Parameters
 ) -> list[torch.optim.Optimizer]:
     """All of the model in one vector, but for Muon, which takes hidden matrices and leaves AdamW the rest."""
