@@ -105,7 +105,7 @@ def over_tape(graph: bool, aggregator: Any, schedule: str, start: np.ndarray) ->
     state = hvd.TapeState()
     tapes = []
 
-    def train(gradient: Any) -> None:
+    def train(gradient):
         with tf.GradientTape() as tape:
             pairs = zip(variables, tf.split(gradient, [35, 25]), strict=True)
             loss = tf.add_n([tf.reduce_sum(v * g) for v, g in pairs])
@@ -185,7 +185,10 @@ def train(binding: str, policy: str, schedule: str) -> dict[str, Any]:
             before, at = at, step(everyones(number)[harness.rank()])
             moved.append(before - at)
             seen.append(report().as_dict())
-    except RuntimeError as error:
+    except Exception as error:
+        # Out of a graph of the user's, the same text comes as TensorFlow's error.
+        if type(error).__name__ not in ("RuntimeError", "InvalidArgumentError"):
+            raise
         return {"error": str(error), "at": len(moved), "where": hashlib.sha256(at.tobytes()).hexdigest()}
     told = [(w.rank, w.since, w.step, w.excluded, w.recovered) for w in news]
     return {"news": told, "moved": np.stack(moved), "seen": seen, "where": hashlib.sha256(at.tobytes()).hexdigest()}
