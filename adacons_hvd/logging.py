@@ -10,7 +10,7 @@ of your own calls a :class:`ReportLog` with the report of every step.
 
 It is cheap enough to leave on. Of every ``every`` steps one is written, by one rank. Training only
 hands over the report, whose numbers may still be on their way; a thread of the log's own waits for
-them and writes. ``adacons plot run.jsonl`` shows the result.
+them and writes. ``adacons watch run.jsonl`` shows the run while it goes on; ``adacons plot run.jsonl`` draws it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class ReportLog:
     """Call it with every step's report; it writes one of ``every``.
 
     Args:
-        destination: the path of a JSONL file, which is added to if it exists; or a TensorBoard
-            writer: PyTorch's ``SummaryWriter`` or what ``tf.summary.create_file_writer`` returns.
+        destination: the path of a JSONL file, which is added to if it exists; a TensorBoard writer: PyTorch's
+            ``SummaryWriter`` or what ``tf.summary.create_file_writer`` returns; a run of Weights & Biases, which
+            ``wandb.init()`` returns; or one of MLflow, which ``mlflow.start_run()`` returns.
         every: how many steps to a written one. The first step is written.
 
     >>> import json, pathlib, tempfile, torch
@@ -61,6 +62,8 @@ class ReportLog:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every!r}")
         self.every = every
+        #: The loss to write beside the next reports, a number or a tensor: ``log.loss = loss.detach()``.
+        self.loss: Any = None
         self._write = _writer(destination)
         self._calls = 0
         self._queue: queue.Queue[Any] = queue.Queue(_WAITING)
@@ -79,7 +82,7 @@ class ReportLog:
                 return
             if self._thread is None:
                 self._start()
-            self._queue.put((found, time.time(), _stream_of(found)))
+            self._queue.put((found, time.time(), _stream_of(found), self.loss))
         self._calls += 1
 
     def close(self) -> None:
@@ -106,10 +109,12 @@ class ReportLog:
         while (item := self._queue.get()) is not None:
             if not working:
                 continue
-            report, when, stream = item
+            report, when, stream, loss = item
             try:
                 with stream:
                     record = {"time": round(when, 3), **report.as_dict()}
+                    if loss is not None:
+                        record["loss"] = float(loss)
                 self._write(record)
             except Exception as error:
                 # A full disk must not end a training run of days.
@@ -163,6 +168,7 @@ def keras_callback(destination: str | os.PathLike[str] | Any, every: int = 10) -
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             if self.optimizer is not None:
+                self.log.loss = (logs or {}).get("loss")
                 # With TensorFlow, a report is a copy of variables.
                 self.log(lambda: self.optimizer.report)
 
@@ -204,7 +210,14 @@ def _writer(destination: Any) -> Callable[[Record], None]:
         return lambda record: _to_summary_writer(destination, record)
     if hasattr(destination, "as_default"):
         return lambda record: _to_tf_summary(destination, record)
-    raise TypeError(f"destination must be a path or a TensorBoard writer, got {destination!r}")
+    module = type(destination).__module__.partition(".")[0]
+    if module == "wandb":
+        return lambda record: _to_wandb(destination, record)
+    if module == "mlflow":
+        return _ToMLflow(destination)
+    raise TypeError(
+        f"destination must be a path, a TensorBoard writer, or a run of Weights & Biases or MLflow, got {destination!r}"
+    )
 
 
 class _JsonLines:
@@ -243,19 +256,47 @@ def scalars(record: Record) -> dict[str, float]:
         "adacons/fallbacks": record["fallbacks"],
         "adacons/smallest weight": min(relative, default=math.nan),
         "adacons/largest weight": max(relative, default=math.nan),
+        # That of the model where there is one group, and otherwise of its noisiest part.
+        "adacons/noise scale": max(record["noise_scale"]),
+        "adacons/adascale gain": min(record["adascale_gain"]),
+        "adacons/lowest agreement": min(min(row) for row in record["agreement"]),
+        "adacons/sick workers": len(record["sick"]),
     }
 
 
 def _to_summary_writer(writer: Any, record: Record) -> None:
-    for name, value in scalars(record).items():
+    for name, value in {**_agreements(record), **scalars(record)}.items():
         writer.add_scalar(name, value, record["steps"])
+
+
+def _to_wandb(run: Any, record: Record) -> None:
+    # The run's own steps are those of the training loop's calls, and go upwards only; ours has an axis of its own.
+    for name in scalars(record):
+        run.define_metric(name, step_metric="adacons/step")
+    run.log({"adacons/step": record["steps"], **_agreements(record), **scalars(record)})
+
+
+class _ToMLflow:
+    def __init__(self, run: Any) -> None:
+        # The run that is active belongs to a thread, and this is written by another one.
+        self.run_id = run.info.run_id
+        self.client = sys.modules["mlflow"].MlflowClient()
+
+    def __call__(self, record: Record) -> None:
+        for name, value in {**_agreements(record), **scalars(record)}.items():
+            self.client.log_metric(self.run_id, name, value, step=record["steps"])
+
+
+def _agreements(record: Record) -> dict[str, float]:
+    """Each worker's agreement with the others, of the first group."""
+    return {f"adacons/agreement/rank {rank}": value for rank, value in enumerate(record["agreement"][0])}
 
 
 def _to_tf_summary(writer: Any, record: Record) -> None:
     tensorflow = sys.modules["tensorflow"]
     # Not tf.summary.scalar, which needs the package tensorboard where training runs.
     message = tensorflow.compat.v1.Summary()
-    for name, value in scalars(record).items():
+    for name, value in {**_agreements(record), **scalars(record)}.items():
         message.value.add(tag=name, simple_value=value)
     with writer.as_default():
         tensorflow.summary.experimental.write_raw_pb(message.SerializeToString(), step=record["steps"])

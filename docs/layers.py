@@ -19,12 +19,13 @@ ROWS = (
     ("logging",),
     ("keras", "fsdp"),
     ("torch", "tensorflow", "ddp", "horovod_build"),
-    ("torch_amp", "torch_gradients", "torch_host", "engine"),
+    ("torch_amp", "torch_gradients", "engine"),
     ("report", "agreement", "calibration"),
     ("costs",),
-    ("schedules",),
+    ("schedules", "insight"),
     ("aggregators", "collectives"),
     ("ops",),
+    ("torch_host",),
 )
 #: Modules that belong to another layer than their folder says, because users know them by this name.
 ELSEWHERE = {"adacons_hvd.tensorflow.keras": "keras"}

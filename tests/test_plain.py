@@ -83,6 +83,8 @@ FUNCTIONS = {
     "[..., 0]": lambda ops, x: ops.stack([x, x])[..., 0],
     "where": lambda ops, x: ops.where(x > 0, x, ops.zeros_like(x)),
     "where, of rows": lambda ops, x: ops.where(ops.any_of(x > 0), x, ops.total(x)),
+    "transposed": lambda ops, x: ops.transposed(x),
+    "first row": lambda ops, x: ops.first_row(x),
     "where, of columns": lambda ops, x: ops.where(x > 0, ops.total(x), x),
 }
 

@@ -124,6 +124,10 @@ class Decision:
     #: ``[1]``: which of the m mean gradients this step's takes the place of; m if it is not kept. None without a
     #: history. :meth:`Aggregator.decide` sets it.
     slot: Tensor | None = None
+    #: ``[..., N]``, boolean: the workers that the aggregator reckoned with. :meth:`Aggregator.decide` sets it.
+    present: Tensor | None = None
+    #: Numbers for :meth:`Aggregator.tell`, flat: the first N of them are not zero where there is news of a worker.
+    news: Tensor | None = None
 
 
 class Aggregator:
@@ -189,6 +193,9 @@ class Aggregator:
     def resize(self, memory: Memory, workers: int) -> Memory:
         """Return ``memory`` made for another number of workers; by default it starts afresh."""
         return {}
+
+    def tell(self, news: Sequence[float], first: bool) -> None:
+        """Tell the user what a decision's ``news`` says. All workers call it; ``first`` is true on one."""
 
     @property
     def is_portable(self) -> bool:
@@ -261,6 +268,7 @@ class Aggregator:
             stages=decision.stages,
             past_weights=past_weights,
             slot=slot,
+            present=present,
         )
 
     def _keep(self, statistics: Statistics, memory: Memory, finite: Tensor) -> tuple[Tensor, Memory]:
@@ -356,7 +364,9 @@ class Aggregator:
             memory = self.resized(memory, workers)
         decision = self.decide(statistics, memory)
         self._memory, self._workers = decision.memory, workers
-        weights, present = decision.weights, statistics.present
+        weights, present = decision.weights, decision.present
+        if decision.news is not None:
+            self.tell(ops.to_list(decision.news), True)
         if self.elementwise:
             average = ops.combine(weights, rows)
             return decision, rows, ops.where(decision.fallback, average, self.combine(rows, present))

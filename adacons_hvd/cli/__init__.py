@@ -2,7 +2,8 @@
 
 - ``adacons doctor``: what is installed here and works, and which schedule would be chosen.
 - ``adacons probe module:function``: would AdaCons differ from averaging on your model and data?
-- ``adacons plot run.jsonl``: a logged run (see :mod:`adacons_hvd.logging`) as pictures.
+- ``adacons watch run.jsonl``: a logged run (see :mod:`adacons_hvd.logging`) in the terminal, while it goes on.
+- ``adacons plot run.jsonl``: the same as pictures.
 
 Each has ``--help``, and ``--json`` for programs. Neither this module nor ``--help`` imports a
 framework.
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import doctor, plot, probe
+from . import doctor, plot, probe, watch
 from .errors import CommandError
 
 __all__ = ["main", "make_parser"]
@@ -41,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="adacons", description="Look before and while you train with AdaCons.")
     parser.add_argument("--version", action="version", version=f"adacons_hvd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (doctor, probe, plot):
+    for module in (doctor, probe, watch, plot):
         name, summary = module.__name__.rpartition(".")[2], (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)

@@ -17,12 +17,13 @@ from ..horovod_build import proof
 from ..horovod_build.processes import Finished, run
 from . import live
 
-__all__ = ["LAUNCHERS", "check", "path_of", "what_to_check"]
+__all__ = ["LAUNCHERS", "RANKS", "check", "path_of", "what_to_check"]
 
 #: The launchers that can start a live check, and the program of each.
 LAUNCHERS = {"mpi": "mpirun", "gloo": "horovodrun", "torchrun": "torchrun"}
 
-_RANKS = 2
+#: How many processes a live check has.
+RANKS = 2
 _TIME_LIMIT = 120
 
 Line = dict[str, Any]
@@ -77,7 +78,7 @@ def _missing(framework: str, launcher: str) -> str | None:
 
 def _launch(launcher: str) -> list[str]:
     if launcher == "torchrun":
-        options = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", str(_RANKS), "--no-python"]
+        options = ["--standalone", "--local-addr", "localhost", "--nproc-per-node", str(RANKS), "--no-python"]
         return [sys.executable, "-m", "torch.distributed.run", *options]
     return proof.launcher(launcher)
 
@@ -103,14 +104,14 @@ def _outcomes(kind: str, lines: list[Line]) -> dict[str, str | None]:
 
 
 def _choices(launcher: str, lines: list[Line]) -> list[dict[str, Any]]:
-    where = f"here, {_RANKS} processes under {launcher}"
+    where = f"here, {RANKS} processes under {launcher}"
     # All ranks say the same.
     by_size = {line["bytes"]: line for line in _of_kind("choice", lines)}
     return [{"where": where, **{k: line[k] for k in ("bytes", "schedule", "reason")}} for line in by_size.values()]
 
 
 def _why_it_failed(finished: Finished, lines: list[Line]) -> str | None:
-    if len(_of_kind("ended", lines)) == _RANKS:
+    if len(_of_kind("ended", lines)) == RANKS:
         return None
     how = "took too long" if finished.returncode is None else f"ended with exit code {finished.returncode}"
     reasons = [line["error"] for line in _of_kind("failed", lines)]

@@ -8,6 +8,7 @@ that a doctor called beside a training job takes none of its GPUs' memory.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
-from .. import __version__
+from .. import Curvature, __version__
 from ..costs import Network, Rates, choose
 from ..engine.settings import BUCKET_BYTES
 from . import built, live
-from .check import LAUNCHERS, check, path_of, what_to_check
+from .check import LAUNCHERS, RANKS, check, path_of, what_to_check
 from .display import console, progress, show_json, show_table
 from .errors import CommandError
 
@@ -76,6 +77,9 @@ def run(options: argparse.Namespace) -> int:
     horovod, gpus, cudas = built.how_built(), built.gpus(), built.cudas(frameworks)
     # To see which NCCL is loaded takes a process that imports everything; without CUDA there is none to see.
     loaded = built.loaded_nccl(frameworks) if not options.no_live and (cudas or horovod["nccl"]) else {}
+    for result in results:
+        for choice in result["choices"]:
+            choice["history_bytes"] = _history(choice["bytes"] // 4, RANKS)
     found: dict[str, Any] = {
         "installed": {"adacons_hvd": __version__, "python": platform.python_version(), **_versions()},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
@@ -127,7 +131,14 @@ def _cluster(options: argparse.Namespace) -> list[dict[str, Any]]:
     for elements in live.SIZES:
         choice = choose(rates, 4.0 * elements, BUCKET_BYTES)
         choices.append({"where": where, "bytes": 4 * elements, "schedule": choice.schedule, "reason": choice.reason})
+        choices[-1]["history_bytes"] = _history(elements, options.workers)
     return choices
+
+
+def _history(elements: int, workers: int) -> dict[str, int]:
+    """The bytes that each worker keeps for ``Curvature()``, by schedule."""
+    steps = Curvature().history
+    return {"one-pass": 4 * steps * math.ceil(elements / workers), "gather": 4 * steps * elements}
 
 
 def _advice(results: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
@@ -181,6 +192,8 @@ def _show(screen: Any, found: dict[str, Any]) -> None:
         for choice in found["choices"]:
             if choice["where"] == place:
                 screen.print(f"  {choice['reason'].removeprefix('auto: ')}")
+                kept = " or ".join(f"{b / 1e6:.3g} MB with {name}" for name, b in choice["history_bytes"].items())
+                screen.print(f"    the history of Curvature() takes {kept} on each worker")
     for line in found["advice"]:
         screen.print(line)
 

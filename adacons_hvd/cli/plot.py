@@ -1,4 +1,4 @@
-"""A logged run as pictures: coefficients at their three stages, weights over time, spread, fallbacks."""
+"""A logged run as pictures: coefficients, weights, spread, fallbacks, noise scale and agreement over time."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ def _draw(records: list[Record], group: int, title: str, output: Path) -> None:
 
     steps = [record["steps"] for record in records]
     stages = [stage for stage in _STAGES if any(stage in record["coefficients"] for record in records)]
-    rows = 2 + bool(stages)
+    told = any(_has(record, "agreement", group) for record in records)
+    rows = 2 + bool(stages) + told
     figure = plt.figure(figsize=(11, 3.2 * rows), layout="constrained")
     figure.suptitle(title)
     grid = figure.add_gridspec(rows, 6)
@@ -124,11 +125,12 @@ def _draw(records: list[Record], group: int, title: str, output: Path) -> None:
         axes = figure.add_subplot(grid[0, column * width : (column + 1) * width])
         _stage(axes, steps, [record["coefficients"].get(stage, [None])[group] for record in records])
         axes.set(title=_STAGES[stage], xlabel="step", ylabel="coefficient" if column == 0 else None)
-    axes = figure.add_subplot(grid[rows - 2, :])
+    bottom = rows - 1 - told
+    axes = figure.add_subplot(grid[bottom - 1, :])
     _lines(axes, steps, [_relative(record["weights"][group]) for record in records])
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set(title="weight of each worker, 1 being that in an average", xlabel="step", ylabel="weight / mean weight")
-    axes = figure.add_subplot(grid[rows - 1, :3])
+    axes = figure.add_subplot(grid[bottom, :3])
     axes.plot(steps, [_number(record["spread"][group]) for record in records], color="tab:blue")
     axes.set(
         title="spread of what workers contribute, 0 if all count alike",
@@ -137,9 +139,11 @@ def _draw(records: list[Record], group: int, title: str, output: Path) -> None:
         ylim=(0, None),
     )
     _mark_fallbacks(axes, records)
-    axes = figure.add_subplot(grid[rows - 1, 3:])
+    axes = figure.add_subplot(grid[bottom, 3:])
     _lines(axes, steps, [record["norms"][group] for record in records])
     axes.set(title="length of each worker's gradient", xlabel="step", ylabel="norm")
+    if told:
+        _draw_insight(figure, grid, steps, records, group)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=120)
@@ -147,6 +151,25 @@ def _draw(records: list[Record], group: int, title: str, output: Path) -> None:
         raise CommandError(f"cannot write {output}: {error}") from error
     finally:
         plt.close(figure)
+
+
+def _draw_insight(figure: Any, grid: Any, steps: list[int], records: list[Record], group: int) -> None:
+    """The noise scale, and each worker's agreement with a mark where it is sick, in the last row."""
+    axes = figure.add_subplot(grid[-1, :3])
+    axes.plot(steps, [_number(r["noise_scale"][group]) if _has(r, "noise_scale", group) else math.nan for r in records])
+    axes.set(title="noise scale, in batches of one worker", xlabel="step", ylabel="noise / signal", ylim=(0, None))
+    axes = figure.add_subplot(grid[-1, 3:])
+    rows = [record["agreement"][group] if _has(record, "agreement", group) else [] for record in records]
+    _lines(axes, steps, rows)
+    for rank in sorted({rank for record in records for rank in record.get("sick", [])}):
+        at = [n for n, (record, row) in enumerate(zip(records, rows, strict=True)) if rank in record.get("sick", [])]
+        axes.plot([steps[n] for n in at], [_number(rows[n][rank]) for n in at], "x", color="tab:red", markersize=4)
+    axes.set(title="agreement of each worker with the others; x: sick", xlabel="step", ylabel="cosine")
+
+
+def _has(record: Record, name: str, group: int) -> bool:
+    """Whether a record has this number; logs of earlier versions do not."""
+    return len(record.get(name, [])) > group
 
 
 def _stage(axes: Any, steps: list[int], coefficients: list[list[float] | None]) -> None:

@@ -278,3 +278,13 @@ def reshape(x: Plain, shape: Sequence[int]) -> Plain:
     known = math.prod(side for side in shape if side != -1)
     sides = tuple(len(flat) // known if side == -1 else side for side in shape)
     return Plain([flat[start : start + sides[-1]] for start in range(0, len(flat), sides[-1])], sides)
+
+
+def transposed(x: Plain) -> Plain:
+    if len(x.shape) != 2:
+        raise ValueError(f"only two axes are exchanged here, got the shape {x.shape}")
+    return Plain([list(column) for column in zip(*x.rows, strict=True)], (x.shape[1], x.shape[0]))
+
+
+def first_row(x: Plain) -> Plain:
+    return Plain(x.rows[:1], x.shape[-1:])

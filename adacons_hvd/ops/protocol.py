@@ -85,6 +85,14 @@ class SmallOps(Protocol):
 
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor: ...
 
+    def transposed(self, x: Tensor) -> Tensor:
+        """``x`` with its last two axes exchanged."""
+        ...
+
+    def first_row(self, x: Tensor) -> Tensor:
+        """The first of the rows along the last axis."""
+        ...
+
 
 class Ops(SmallOps, Protocol):
     """A framework's operations. A module with these functions for each framework."""
@@ -101,6 +109,10 @@ class Ops(SmallOps, Protocol):
         """``x`` in the element type of ``reference``."""
         ...
 
+    def on_its_way(self, x: Tensor) -> Callable[[], list[float]]:
+        """Begin to copy a flat tensor to the host; the function that is returned waits for its values."""
+        ...
+
     def on_host(self, x: Tensor) -> bool:
         """Whether reading the values of ``x`` waits for nothing."""
         ...
@@ -109,10 +121,6 @@ class Ops(SmallOps, Protocol):
 
     def join(self, tensors: Sequence[Tensor], axis: int) -> Tensor:
         """Join tensors along an axis that is there."""
-        ...
-
-    def transposed(self, x: Tensor) -> Tensor:
-        """``x`` with its last two axes exchanged."""
         ...
 
     def solve(self, matrix: Tensor, right: Tensor, ridge: Tensor) -> Tensor:

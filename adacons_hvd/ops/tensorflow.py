@@ -174,6 +174,16 @@ def transposed(x: tf.Tensor) -> tf.Tensor:
     return tf.linalg.matrix_transpose(x)
 
 
+def first_row(x: tf.Tensor) -> tf.Tensor:
+    """The first of the rows along the last axis."""
+    return tf.reshape(x, (-1, x.shape[-1]))[0]
+
+
+def on_its_way(x: tf.Tensor) -> Callable[[], list[float]]:
+    """Begin to copy a flat tensor to the host; the function that is returned waits for its values."""
+    return lambda: x.numpy().tolist()  # type: ignore[no-any-return]
+
+
 def solve(matrix: tf.Tensor, right: tf.Tensor, ridge: tf.Tensor) -> tf.Tensor:
     """The solution w of ``(matrix + ridge * I) w = right``, for ``[..., n, n]``, ``[..., n]`` and ``[..., 1]``."""
     damped = tf.linalg.set_diag(matrix, tf.linalg.diag_part(matrix) + ridge)

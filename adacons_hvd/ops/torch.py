@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..torch_host import OnItsWay
 from . import TURN
 from .plain import Plain
 from .protocol import Tensor
@@ -188,6 +189,17 @@ def join(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
 def transposed(x: torch.Tensor) -> torch.Tensor:
     """``x`` with its last two axes exchanged."""
     return x.mT
+
+
+def first_row(x: torch.Tensor) -> torch.Tensor:
+    """The first of the rows along the last axis."""
+    return x.reshape(-1, x.shape[-1])[0]
+
+
+def on_its_way(x: torch.Tensor) -> Callable[[], list[float]]:
+    """Begin to copy a flat tensor to the host; the function that is returned waits for its values."""
+    copy = OnItsWay(x)
+    return lambda: copy.read().tolist()
 
 
 def solve(matrix: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:

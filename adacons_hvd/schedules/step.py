@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..aggregators import Aggregator, Decision, Memory, Statistics, average_weights
 from ..collectives import Collectives
@@ -32,6 +33,8 @@ class Step:
     aggregator: Aggregator
     groups: int
     name: str
+    #: News that is on its way to the host.
+    _news: Any = field(default=None, init=False, repr=False)
 
     @property
     def may_begin_early(self) -> bool:
@@ -71,6 +74,10 @@ class Step:
         if plain:
             memory = {name: as_plain(value) for name, value in memory.items()}
         decision = self.aggregator.decide(statistics, memory)
+        if decision.news is not None:
+            self._tell(decision.news)
+        # Those that the aggregator left out are no part of the mean that a history keeps, and absent in the report.
+        statistics = replace(statistics, present=decision.present)
         combination = self._combination(decision, statistics.present, unscale, reference)
         for bucket in buckets:
             bucket.combine(combination)
@@ -78,6 +85,16 @@ class Step:
             bucket.finish()
             bucket.memory, bucket.unscale = decision.memory, unscale
         return decision, statistics
+
+    def _tell(self, news: Tensor) -> None:
+        """Let the aggregator tell its news; a step later where a device would have to be waited for."""
+        ops, first = ops_for(news), self.collectives.rank == 0
+        if isinstance(news, Plain) or ops.on_host(news):
+            self.aggregator.tell(ops.to_list(news), first)
+            return
+        before, self._news = self._news, ops.on_its_way(news)
+        if before is not None:
+            self.aggregator.tell(before(), first)
 
     def _is_plain(self, reference: Tensor) -> bool:
         """Whether statistics are to be read, and weights computed on Python's numbers; alike on all workers."""

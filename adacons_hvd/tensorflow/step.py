@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -40,6 +41,11 @@ class GraphStep(Step):
     def _refuse_nonfinite(self, statistics: Statistics) -> None:
         bad = tf.reduce_any(~tf.math.is_finite(statistics.squares), 0)
         self._checks.append(errors.check(tf.reduce_any(bad), self.aggregator.refuse, lambda: [_where(bad)]))
+
+    def _tell(self, news: tf.Tensor) -> None:
+        tell = functools.partial(self.aggregator.tell, first=self.collectives.rank == 0)
+        some = tf.reduce_any(news[: self.collectives.size] != 0)
+        self._checks.append(errors.check(some, tell, lambda: [news]))
 
     def aggregate(
         self,

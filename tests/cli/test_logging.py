@@ -282,7 +282,7 @@ def test_arguments():
         log_reports(optimizer, "run.jsonl")
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         ReportLog("run.jsonl", every=0)
-    with pytest.raises(TypeError, match="a path or a TensorBoard writer, got 3"):
+    with pytest.raises(TypeError, match="a path, a TensorBoard writer, or a run of Weights & Biases or MLflow, got 3"):
         ReportLog(3)
 
 
