@@ -86,6 +86,8 @@ class Settings:
     device_dense: str = ""
     device_sparse: str = ""
     check_replicas: int = CHECK_REPLICAS
+    #: "rank" or "host": what is a worker.
+    workers: str = "rank"
     #: Parameters that are meant to differ between ranks.
     may_differ: frozenset[Named] = frozenset()
 
@@ -109,6 +111,7 @@ class Settings:
             **given,
         )
         _check_aggregator(settings.aggregator, settings.schedule)
+        _check_workers(settings)
         check_count("bucket_bytes", settings.bucket_bytes)
         _check_predivide(settings.gradient_predivide_factor)
         _check_compression(settings.compression)
@@ -177,6 +180,20 @@ def _check_aggregator(aggregator: Any, schedule: Any) -> None:
         raise ValueError(
             f"{aggregator!r} needs {aggregator.needs}, which schedule={schedule!r} never sees; use one of {able}"
         )
+
+
+def _check_workers(settings: Settings) -> None:
+    """Refuse what is no worker, and what goes with ranks alone."""
+    if settings.workers not in ("rank", "host"):
+        raise ValueError(f'workers must be "rank" or "host", got {settings.workers!r}')
+    if settings.workers == "rank" or settings.aggregator is None:
+        return
+    if settings.schedule != "auto":
+        raise ValueError(
+            f'workers="host" has a schedule of its own, so schedule must stay "auto", got {settings.schedule!r}'
+        )
+    if settings.aggregator.nonfinite == "exclude":
+        raise ValueError('nonfinite="exclude" is for workers="rank": no rank sees the whole gradient of its host')
 
 
 def _check_op(op: Any, hvd: Any) -> None:
