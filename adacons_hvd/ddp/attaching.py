@@ -146,6 +146,7 @@ def attach(
             grad_scaler = next(filter(None, (getattr(each, "scaler", None) for each in optimizers)), None)
         settings = Settings.checked(
             Parameters(torch.is_tensor, id),
+            hosts=True,
             aggregator=aggregator,
             schedule=schedule,
             granularity=granularity,

@@ -202,6 +202,8 @@ class Reducer:
 
     def _settle(self) -> None:
         """Before anything of a step is sent: act on what ranks have told each other in the last one."""
+        if self._choice.hosts and self._here() is not None:
+            self._error = RuntimeError('workers="host" takes gradients of all ranks of a host, so not model.join()')
         found = self._replicas.end()
         if found.parameters_differ:
             try:
@@ -305,9 +307,6 @@ class Reducer:
         """Under ``model.join()``, whether this rank still has data; otherwise None."""
         model = self._model()
         if model is None or not model._join_config.enable:
-            return None
-        if self.settings.workers == "host":
-            self._error = RuntimeError('workers="host" has no use for model.join(): a host waits for all of its ranks')
             return None
         # A rank without data hands its zeros to the hook from join() itself, not from backward.
         return _in_backward()

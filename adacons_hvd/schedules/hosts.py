@@ -53,11 +53,11 @@ class HostPass(OnePass):
         moved = rates.allreduce.sent(size, bucket, between)
         # What a rank brings from others of its host, and what it takes from them in the end, it reads from memory.
         moved += 2 * rates.look * size * (1 - 1 / local)
-        # Each bucket takes four messages, of which an allreduce's time has one.
-        round_trips = 3 * math.ceil(size / bucket) if bucket < size else 3
+        # Each bucket is four alltoalls among all ranks, and libraries may send what is empty, too.
+        started = max(1, math.ceil(size / bucket)) * (4 * rates.alltoall(0.0) - rates.allreduce(0.0))
         table = rates.allreduce(8.0 * hosts * ((hosts if gramian else 2) + history))
         arithmetic = rates.look * size + (rates.look + rates.combine) * size / local * (1 + history / hosts)
-        return moved + round_trips * rates.allreduce(0.0) + table + arithmetic
+        return moved + started + table + arithmetic
 
 
 class _HostTransfer(OnePassTransfer):

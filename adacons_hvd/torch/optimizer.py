@@ -125,6 +125,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     settings = Settings.checked(
         Parameters(torch.is_tensor, id),
         hvd,
+        hosts=True,
         aggregator=aggregator,
         schedule=schedule,
         granularity=granularity,

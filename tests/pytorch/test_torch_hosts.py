@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ def wrapped(parameters: Any, aggregator: Any, **options: Any) -> Any:
 
 def train(dtype_name: str, tolerance: float) -> list[Any]:
     """Train with several aggregators and arguments beside the oracle, of which each is given the hosts' averages."""
+    import harness
     import numpy as np
     import oracle
     import torch
@@ -29,8 +30,6 @@ def train(dtype_name: str, tolerance: float) -> list[Any]:
 
     import adacons_hvd.torch as hvd
     from adacons_hvd import AdaCons, Curvature, Mean
-
-    import harness
 
     dtype = getattr(torch, dtype_name)
     curvature = {"oracle": oracle.CurvatureOracle, "memory": 3, "damping": 0.5}
@@ -87,3 +86,189 @@ def test_hosts_agree_with_the_oracle(cluster):
 @pytest.mark.time_limit(200)
 def test_hosts_agree_with_the_oracle_in_float64(cluster):
     assert cluster.run(train, "float64", 1e-12) == [[("hosts", ((0, 1), (2, 3)), 2)] * 6] * 4
+
+
+def message_of(action: Any) -> str:
+    """The error that this rank raised, which all do; it is for the caller to say which."""
+    try:
+        action()
+    except (ArithmeticError, NotImplementedError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def refusals() -> dict[str, str]:
+    """Whatever goes with ranks alone, tried one after the other."""
+    import harness
+    import torch
+    from torch_job import assert_equal_bits
+
+    import adacons_hvd.torch as hvd
+    from adacons_hvd import AdaCons
+
+    def tried(change: Any = None, sparse: bool = False, aggregator: Any = None, **options: Any) -> str:
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(9, 4, sparse=sparse)
+        optimizer = wrapped(table.parameters(), aggregator or AdaCons(), **options)
+
+        def step() -> None:
+            for number in range(3):
+                optimizer.zero_grad()
+                table(torch.arange(number, 5) + harness.rank()).square().sum().backward()
+                if change is not None:
+                    change(number, table.weight.grad)
+                optimizer.step()
+
+        message = message_of(step)
+        if message == "no error":
+            assert_equal_bits([table.weight])
+        return message
+
+    def spoil(number: int, gradient: torch.Tensor) -> None:
+        if number == 1 and harness.rank() == 3:
+            gradient[0, 0] = float("nan")
+
+    found = {
+        "sparse": tried(sparse=True),
+        "sparse as dense": tried(sparse=True, sparse_as_dense=True),
+        "spoilt": tried(spoil, aggregator=AdaCons(nonfinite="raise")),
+        "differ": tried(workers="host" if harness.rank() else "rank"),
+        "exclude": message_of(lambda: wrapped([torch.zeros(1)], AdaCons(nonfinite="exclude"))),
+        "schedule": message_of(lambda: wrapped([torch.zeros(1)], AdaCons(), schedule="gather")),
+        "workers": message_of(lambda: wrapped([torch.zeros(1)], AdaCons(), workers="hosts")),
+    }
+
+    def leave(number: int, gradient: torch.Tensor) -> None:
+        if number == 1 and harness.rank() == 3:
+            hvd.join()
+            raise RuntimeError("rank 3 has left and come back")
+
+    found["joined"] = tried(leave)
+    if harness.rank() != 3:
+        hvd.join()
+    return found
+
+
+@pytest.mark.ranks(4, launcher="mpi-hosts")
+def test_what_goes_with_ranks_alone_is_refused_on_all_ranks(cluster):
+    results = cluster.run(refusals)
+    expected = {
+        "sparse": "NotImplementedError: workers=.host. averages no sparse gradients",
+        "sparse as dense": "no error",
+        "spoilt": "FloatingPointError: the gradient of rank 2 or 3 holds NaN",
+        "differ": "DisagreementError: .*workers.*rank 0",
+        "exclude": "ValueError: nonfinite=.exclude. is for workers=.rank.",
+        "schedule": "ValueError: workers=.host. has a schedule of its own",
+        "workers": "ValueError: workers must be .rank. or .host., got .hosts.",
+        "joined": "RuntimeError: workers=.host. goes on only while no rank has called hvd.join",
+    }
+    for rank, found in enumerate(results):
+        for what, message in found.items():
+            wanted = "RuntimeError: rank 3 has left" if (rank, what) == (3, "joined") else expected[what]
+            assert re.match(wanted, message, re.DOTALL), f"rank {rank}, {what}: {message}"
+
+
+def resumed() -> list[Any]:
+    """A state goes from hosts to ranks and back: what was remembered of two workers is resized to four, and so on."""
+    import harness
+    import torch
+    from torch_job import Batches, assert_equal_bits, loss_of, network
+
+    from adacons_hvd import AdaCons
+
+    found, state = [], None
+    for seed, workers in enumerate(["host", "rank", "host"]):
+        model, batches = network(0), Batches(seed)
+        optimizer = wrapped(model.parameters(), AdaCons(), workers=workers)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(model, batches).backward()
+            optimizer.step()
+        assert_equal_bits(list(model.parameters()))
+        state = optimizer.state_dict()
+        everyone = harness.gather(state["adacons"])
+        assert len({str(each) for each in everyone}) == 1
+        found.append((optimizer.report.steps, len(optimizer.report.weights[0]), state["adacons"]["workers"]))
+    assert torch.is_tensor(state["adacons"]["momentum"])
+    return found
+
+
+@pytest.mark.ranks(4, launcher="mpi-hosts")
+def test_a_state_goes_from_hosts_to_ranks_and_back(cluster):
+    assert cluster.run(resumed) == [[(2, 2, 2), (4, 4, 4), (6, 2, 2)]] * 4
+
+
+def half_precision() -> list[float]:
+    """What hosts make of half-precision gradients, beside the same in single precision."""
+    import torch
+    from torch_job import Batches, array, assert_equal_bits, loss_of, network
+
+    import adacons_hvd.torch as hvd
+    from adacons_hvd import AdaCons
+
+    def result(compression: Any = None, dtype: Any = torch.float32) -> Any:
+        model, batches = network(0, dtype), Batches(0, dtype)
+        optimizer = wrapped(model.parameters(), AdaCons(), compression=compression)
+        loss_of(model, batches).backward()
+        optimizer.step()
+        assert_equal_bits(list(model.parameters()))
+        return [array(p.grad, p) for p in model.parameters()]
+
+    import oracle
+
+    exact = result()
+    return [oracle.error(result(hvd.Compression.fp16), exact), oracle.error(result(dtype=torch.bfloat16), exact)]
+
+
+@pytest.mark.ranks(4, launcher="gloo-hosts")
+def test_half_precision(cluster):
+    for half, brain in cluster.run(half_precision):
+        assert 0 < half < 2e-3
+        assert 0 < brain < 3e-2
+
+
+def alone_or_unequal() -> tuple[str, list[str], Any]:
+    """One step, the warnings that came, and the report if there is one."""
+    import warnings
+
+    from torch_job import Batches, assert_equal_bits, loss_of, network
+
+    from adacons_hvd import AdaCons
+
+    model = network()
+    optimizer = wrapped(model.parameters(), AdaCons())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss_of(model, Batches()).backward()
+        message = message_of(optimizer.step)
+        if message == "no error":
+            assert_equal_bits(list(model.parameters()))
+    report = optimizer.report
+    return message, [str(each.message) for each in caught], report and (report.schedule, report.weights, report.norms)
+
+
+@pytest.mark.ranks(3, launcher="mpi-hosts")
+def test_hosts_with_unequal_numbers_of_ranks_are_refused(cluster):
+    for message, _, report in cluster.run(alone_or_unequal):
+        assert message.startswith('ValueError: workers="host" needs equally many ranks on every host, but host 0 has ')
+        assert "host 0 has ranks 0-1, host 1 has rank 2" in message
+        assert report is None
+
+
+@pytest.mark.ranks(2, launcher="mpi")
+def test_a_single_host_is_a_single_worker_and_says_so(cluster):
+    for message, caught, (schedule, weights, norms) in cluster.run(alone_or_unequal):
+        assert message == "no error"
+        assert any("all ranks are on one host" in text for text in caught)
+        assert schedule == "hosts"
+        assert weights[0] == [pytest.approx(1 / norms[0][0])]
+
+
+@pytest.mark.ranks(2, launcher="gloo-hosts")
+def test_a_host_for_each_rank_makes_ranks_the_workers(cluster):
+    for message, caught, (schedule, weights, _) in cluster.run(alone_or_unequal):
+        assert (message, caught) == ("no error", [])
+        assert schedule in ("gather", "one-pass", "two-pass")
+        assert len(weights[0]) == 2
