@@ -159,6 +159,11 @@ def predict(
     >>> slow = Rates.of(Network(bandwidth=1.25e8), workers=8, per_host=1)
     >>> predict("two-pass", slow, 64e6) / predict("one-pass", slow, 64e6) > 1.9
     True
+    >>> shared = Rates.of(Network(bandwidth=1.25e8), workers=64, per_host=8)
+    >>> predict("hosts", shared, 64e6) < shared.allreduce(64e6) < choose(shared, 64e6).expected["two-pass"] / 2
+    True
+    >>> "hosts" in choose(shared, 64e6).expected
+    False
     """
 
     kind = HostPass if schedule == HostPass.name else SCHEDULES[schedule]

@@ -51,7 +51,7 @@ class Hosts:
         self.place = list(hosts[self.rank]).index(everyone.rank)
         self._inside = hosts[self.rank]
         self._across = [ranks[self.place] for ranks in hosts]
-        #: What is on its way inside of the host and has to go on from there.
+        #: What is under way by the first of two operations, in the order of beginning.
         self._first_halves: list[_Chain] = []
 
     # --- what moves gradients -------------------------------------------------------------------
@@ -71,23 +71,13 @@ class Hosts:
             combine(equally, rows.view(self.per_host, -1), out=part)
             return self._exchange(part, f"{name}.across", self._across, out)
 
-        chain = _Chain(self._exchange(tensor, f"{name}.inside", self._inside, whole), across)
+        started = self._started(_Chain(self._exchange(tensor, f"{name}.inside", self._inside, whole), across))
         # The network between hosts is to be in use while later buckets are filled. Where order matters, ranks cannot go
         # by what has arrived, because that differs between them.
-        for earlier in self._first_halves:
+        for earlier in self._first_halves[:-1]:
             if self._everyone.in_order or earlier.may_advance():
                 earlier.advance()
-        self._first_halves = [earlier for earlier in self._first_halves if not earlier.advanced]
-        self._first_halves.append(chain)
-
-        def finish() -> torch.Tensor:
-            # Those of all buckets, or the network would pause between two buckets.
-            for each in self._first_halves:
-                each.advance()
-            self._first_halves.clear()
-            return chain.wait()
-
-        return ready(finish)
+        return started
 
     def gather(
         self, shard: torch.Tensor, name: str, *, whole: torch.Tensor, part: torch.Tensor, out: torch.Tensor
@@ -100,7 +90,20 @@ class Hosts:
             return self._exchange(whole, f"{name}.inside", self._inside, out)
 
         part.view(self.size, -1).copy_(shard)
-        return ready(_Chain(self._exchange(part, f"{name}.across", self._across, own), inside).wait)
+        return self._started(_Chain(self._exchange(part, f"{name}.across", self._across, own), inside))
+
+    def _started(self, chain: _Chain) -> Pending:
+        self._first_halves = [earlier for earlier in self._first_halves if not earlier.advanced]
+        self._first_halves.append(chain)
+
+        def finish() -> torch.Tensor:
+            # Those of all buckets, or the network would pause between two buckets.
+            for each in self._first_halves:
+                each.advance()
+            self._first_halves.clear()
+            return chain.wait()
+
+        return ready(finish)
 
     def _exchange(self, tensor: torch.Tensor, name: str, ranks: Sequence[int], out: torch.Tensor) -> Pending:
         """An alltoall among some of the ranks."""
