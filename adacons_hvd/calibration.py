@@ -73,7 +73,16 @@ class _Calibration:
         look, combine, own = (max(values) for values in zip(*self.gather(seconds, "arithmetic"), strict=True))
         curve = self._curve
         return Rates(
-            n, curve("allreduce"), curve("half"), curve("alltoall"), curve("allgather"), look, combine, own, where
+            n,
+            curve("allreduce"),
+            curve("half"),
+            curve("alltoall"),
+            curve("allgather"),
+            look,
+            combine,
+            own,
+            where,
+            n // hosts,
         )
 
     # --- collectives ----------------------------------------------------------------------------

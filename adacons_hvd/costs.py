@@ -10,12 +10,12 @@ predict with what was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from .aggregators import Aggregator
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, HostPass
 
 __all__ = ["Choice", "Curve", "Network", "Rates", "choose", "predict"]
 
@@ -97,6 +97,8 @@ class Rates:
     own: float
     #: Where the figures are from.
     source: str
+    #: How many workers share a host, where all hosts have as many.
+    per_host: int = 1
 
     def table(self, width: int = 2) -> float:
         """Seconds that the small sum of statistics takes, so many numbers for each worker."""
@@ -130,7 +132,8 @@ class Rates:
         byte = 1 / network.memory_bandwidth
         hosts = -(-workers // per_host)
         source = f"{workers} workers on {hosts} host{'s' if hosts > 1 else ''}"
-        return cls(n, reduced, reduced, line(alltoall, n - 1), line(allgather, n - 1), byte, byte, 2 * byte, source)
+        exchanged, gathered = line(alltoall, n - 1), line(allgather, n - 1)
+        return cls(n, reduced, reduced, exchanged, gathered, byte, byte, 2 * byte, source, local)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,8 @@ class Choice:
     reason: str
     #: Seconds that a step of each schedule was expected to take; empty where nothing was compared.
     expected: Mapping[str, float] = field(default_factory=dict)
+    #: The ranks of each host, where hosts are the workers.
+    hosts: Sequence[Sequence[int]] = ()
 
 
 def predict(
@@ -149,14 +154,20 @@ def predict(
 ) -> float:
     """Seconds one step's collectives and arithmetic take for ``size`` bytes of float32 gradient per
     worker, sent in messages of ``bucket`` bytes, for an aggregator that needs the Gramian or a history of mean
-    gradients.
+    gradients. ``"hosts"`` is what ``workers="host"`` does, which is never chosen.
 
     >>> slow = Rates.of(Network(bandwidth=1.25e8), workers=8, per_host=1)
     >>> predict("two-pass", slow, 64e6) / predict("one-pass", slow, 64e6) > 1.9
     True
+    >>> shared = Rates.of(Network(bandwidth=1.25e8), workers=64, per_host=8)
+    >>> predict("hosts", shared, 64e6) < shared.allreduce(64e6) < choose(shared, 64e6).expected["two-pass"] / 2
+    True
+    >>> "hosts" in choose(shared, 64e6).expected
+    False
     """
 
-    return SCHEDULES[schedule].cost(rates, size, bucket, gramian, history)
+    kind = HostPass if schedule == HostPass.name else SCHEDULES[schedule]
+    return kind.cost(rates, size, bucket, gramian, history)
 
 
 def choose(

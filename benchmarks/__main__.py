@@ -54,6 +54,8 @@ def cases(full: bool) -> list[Case]:
         collectives(Cluster(8, 1, 1000), [4_000_000], sensible),
         collectives(Cluster(4, 2, 1000), [4_000_000], sensible),
         collectives(Cluster(2, 4, 1000), [4_000_000], sensible),
+        # By itself, for more turns.
+        collectives(Cluster(2, 4, 1000), [4_000_000], ["auto", "fast", "hosts"]),
         *(sharded(Cluster(hosts, 1, 1000)) for hosts in (2, 4, 8)),
     ]
     if full:

@@ -355,7 +355,7 @@ class Aggregator:
         statistics = Statistics.of(rows, self.needs_gramian, past=past)
         finite = ops.isfinite(statistics.squares)
         if self.nonfinite == "raise":
-            self.refuse([rank for rank, fine in enumerate(ops.to_list(finite)) if not fine])
+            self.refuse([str(rank) for rank, fine in enumerate(ops.to_list(finite)) if not fine])
         if self.nonfinite == "exclude":
             rows = ops.where(finite[:, None], rows, ops.zeros_like(rows))
             statistics = Statistics.of(rows, self.needs_gramian, finite, past)
@@ -377,11 +377,11 @@ class Aggregator:
         self._past = ops.keep_row(past, decision.slot, mean)
         return decision, rows, result
 
-    def refuse(self, ranks: Sequence[int]) -> None:
+    def refuse(self, ranks: Sequence[str]) -> None:
         """Raise the error of ``nonfinite="raise"`` if any ranks are given."""
         if ranks:
             raise FloatingPointError(
-                f"the gradient of rank {', '.join(map(str, ranks))} holds NaN or infinity "
+                f"the gradient of rank {', '.join(ranks)} holds NaN or infinity "
                 f"(or is so large that its square overflows), and {self!r} was told to raise"
             )
 

@@ -7,7 +7,7 @@ an allgather into one tensor, and ``all_to_all_single``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -42,6 +42,7 @@ class TorchDistributed:
     interrupt: Callable[[], None] | None = None
     seconds_between_interrupts = 1.0
     may_begin_with_sums = False
+    in_order = True
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
         self.group = group
@@ -84,6 +85,13 @@ class TorchDistributed:
     def alltoall(self, tensor: torch.Tensor, name: str, *, out: torch.Tensor | None = None) -> Pending:
         out = torch.empty_like(tensor) if out is None else out
         work = dist.all_to_all_single(out, tensor, group=self.group, async_op=True)
+        return self._result(work, out)
+
+    def exchange(
+        self, tensor: torch.Tensor, name: str, sent: Sequence[int], received: Sequence[int], *, out: torch.Tensor
+    ) -> Pending:
+        """As an alltoall, with as many elements to each rank and from each as the two lists say."""
+        work = dist.all_to_all_single(out, tensor, [*received], [*sent], group=self.group, async_op=True)
         return self._result(work, out)
 
     def allgather_rows(self, tensor: torch.Tensor, name: str) -> Pending:

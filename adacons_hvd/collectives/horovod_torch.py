@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class HorovodTorch:
     """The workers of one Horovod process set."""
 
     may_begin_with_sums = True
+    in_order = False
     kind = "horovod.torch"
 
     def __init__(self, process_set: hvd.ProcessSet = hvd.global_process_set) -> None:
@@ -67,6 +69,16 @@ class HorovodTorch:
         received = torch.empty(self.size, dtype=torch.int32)
         handle = hvd._alltoall_async(tensor.view(carrier), None, result.view(carrier), received, name, self.process_set)
         return ready(lambda: _then(_wait(handle), result))
+
+    def exchange(
+        self, tensor: torch.Tensor, name: str, sent: Sequence[int], received: Sequence[int], *, out: torch.Tensor
+    ) -> Pending:
+        """As an alltoall, with as many elements to each rank as ``sent`` says. What comes must fill ``out``."""
+        carrier = _CARRIER.get(tensor.dtype, tensor.dtype)
+        counts = torch.empty(self.size, dtype=torch.int32)
+        splits = torch.tensor(sent, dtype=torch.int32)
+        handle = hvd._alltoall_async(tensor.view(carrier), splits, out.view(carrier), counts, name, self.process_set)
+        return ready(lambda: _then(_wait(handle), out), lambda: hvd.poll(handle))
 
     def allgather_rows(self, tensor: torch.Tensor, name: str) -> Pending:
         carrier = _CARRIER.get(tensor.dtype, tensor.dtype)

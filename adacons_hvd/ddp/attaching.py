@@ -39,6 +39,7 @@ def attach(
     grad_scaler: Any = None,
     check_replicas: int = CHECK_REPLICAS,
     may_differ: Iterable[torch.Tensor] = (),
+    workers: str = "rank",
     timeout: float = TIMEOUT,
 ) -> None:
     """Let an aggregator combine the gradients of a DDP model's replicas, instead of averaging.
@@ -73,6 +74,9 @@ def attach(
             that has trained alone; 0 never. They are compared in the second aggregation, too.
         may_differ: parameters that are meant to differ between ranks, left out of the comparison.
             A step along gradients of theirs that are not aggregated is no error.
+        workers: ``"rank"``, or ``"host"`` for another method: gradients are averaged inside of each host, and
+            the aggregator combines the hosts' averages, at the price of an average however many ranks a host has.
+            ``report.choice.hosts`` then has the ranks of each worker.
         timeout: for how many seconds this call waits for the other ranks to make it. Then all that
             did raise an error that names those that did not. (Over MPI, which has no store, the
             error cannot name them.)
@@ -142,12 +146,14 @@ def attach(
             grad_scaler = next(filter(None, (getattr(each, "scaler", None) for each in optimizers)), None)
         settings = Settings.checked(
             Parameters(torch.is_tensor, id),
+            hosts=True,
             aggregator=aggregator,
             schedule=schedule,
             granularity=granularity,
             grad_scaler=grad_scaler,
             check_replicas=check_replicas,
             may_differ=may_differ,
+            workers=workers,
         )
         settings.check_members({id(p) for p in model.parameters()})
         _check(model, chains)

@@ -1,7 +1,7 @@
 """One of DDP's buckets, as one of ours.
 
 DDP's dense buckets are flat buffers already, so ours are those very buffers, unless their length
-is no multiple of the number of workers. The result is written where the gradient was.
+is no multiple of what the schedule needs. The result is written where the gradient was.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class DensePart(Part):
         if not self.length:
             self.bucket, self._gradient = None, gradient
             return
-        workers = schedule.collectives.size
-        if self.length % workers:
-            self.padded = flat.new_zeros(-(-self.length // workers) * workers)
+        multiple = schedule.multiple
+        if self.length % multiple:
+            self.padded = flat.new_zeros(-(-self.length // multiple) * multiple)
         buffer = flat if self.padded is None else self.padded
         parts = zip(map(numbers, parameters), groups, strict=True)
         self.bucket = DenseBucket(name, buffer, segments(parts), schedule)

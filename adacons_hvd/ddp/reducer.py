@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -49,14 +50,16 @@ from .. import agreement
 from ..aggregators import Aggregator
 from ..collectives import host_name
 from ..collectives.distributed import TorchDistributed
+from ..collectives.hosts import Hosts
 from ..engine.history import Place, intervals_of
+from ..engine.hosts import choose_hosts, names_of
 from ..engine.memory import State, holders, share_memory
 from ..engine.replicas import ReplicaError, is_due, stray_step
 from ..engine.session import Arrival, Parameter, agree, choose_schedule, describe, describe_average
 from ..engine.settings import Settings
 from ..ops.torch import arithmetic
 from ..report import Report
-from ..schedules import SCHEDULES, Step
+from ..schedules import SCHEDULES, HostPass, Schedule, Step
 from ..torch_amp import WITHOUT_SCALER, other_scaler, unscale
 from ..torch_gradients import numbers
 from .hooks import raise_after_backward
@@ -121,11 +124,17 @@ class Reducer:
     def agree(self) -> None:
         """Make sure that all ranks have the same settings, and choose a schedule together."""
         description = self._description()
-        arrivals = agree(self._collectives, Arrival(agreement.digest(description), host_name()), description, "adacons")
+        mine = Arrival(agreement.digest(description), host_name(), place=_place())
+        arrivals = agree(self._collectives, mine, description, "adacons")
         aggregator = self.settings.aggregator
         if aggregator is None:
             return
-        self._choice = choose_schedule(
+        hosts = choose_hosts(arrivals, self._notes.ranks) if self.settings.workers == "host" else None
+        if hosts is not None and self._sparse:
+            raise NotImplementedError(
+                'workers="host" averages no sparse gradients, as those of an embedding with sparse=True; leave that out'
+            )
+        self._choice = hosts or choose_schedule(
             self.settings,
             self._collectives,
             [arrival.host for arrival in arrivals],
@@ -133,8 +142,13 @@ class Reducer:
             torch.empty((), device=self._collectives.device),
             "adacons",
         )
-        self._schedule = SCHEDULES[self._choice.schedule](self._collectives, history=aggregator.history)
-        self._step = Step(self._collectives, aggregator, self._groups, "adacons")
+        self._schedule: Schedule = (
+            SCHEDULES[self._choice.schedule](self._collectives, history=aggregator.history)
+            if hosts is None
+            else HostPass(Hosts(self._collectives, hosts.hosts), history=aggregator.history)
+        )
+        names = names_of(self._choice.hosts)
+        self._step = Step(self._schedule.collectives, aggregator, self._groups, "adacons", names)
 
     def _description(self) -> dict[str, Any]:
         if self.settings.aggregator is None:
@@ -188,6 +202,8 @@ class Reducer:
 
     def _settle(self) -> None:
         """Before anything of a step is sent: act on what ranks have told each other in the last one."""
+        if self._choice.hosts and self._here() is not None:
+            self._error = RuntimeError('workers="host" takes gradients of all ranks of a host, so not model.join()')
         found = self._replicas.end()
         if found.parameters_differ:
             try:
@@ -228,7 +244,7 @@ class Reducer:
         aggregator = self.settings.aggregator
         assert aggregator is not None
         reference = buckets[0].reference
-        self.state.fit(aggregator, self._groups, self._collectives.size, reference)
+        self.state.fit(aggregator, self._groups, self._schedule.collectives.size, reference)
         if self._is_new and aggregator.history:
             self._resume_history(aggregator)
         self._is_new = False
@@ -347,6 +363,12 @@ _NOT_AGGREGATED = (
     "the last backward() failed, ran under no_sync(), or went through the module inside of DistributedDataParallel, "
     "and none that aggregates followed before the optimizer's step"
 )
+
+
+def _place() -> tuple[int, int]:
+    """Which of its host's processes this is, and how many there are, as torchrun tells it; zeros if nobody does."""
+    rank, size = (os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return (int(rank), int(size)) if rank.isdigit() and size.isdigit() else (0, 0)
 
 
 def _raise_for(stop: Stop) -> NoReturn:

@@ -118,6 +118,7 @@ def describe(settings: Settings, parameters: Sequence[Parameter], **more: Any) -
         "adacons_hvd": __version__,
         "aggregator": repr(settings.aggregator),
         "schedule": str(settings.schedule),
+        "workers": settings.workers,
         "granularity": granularity if isinstance(granularity, str) else "explicit groups",
         # A class, as Horovod's are, or an object whose text would differ between ranks.
         "compression": getattr(compression, "__name__", type(compression).__name__),
@@ -147,6 +148,8 @@ class Arrival:
     digest: int
     #: Its host.
     host: str
+    #: By its launcher: which of the host's ranks it is, and how many there are; zeros where no launcher says so.
+    place: tuple[int, int] = (0, 0)
     #: The places of parameters whose gradients are sparse.
     sparse: Sequence[int] = ()
     #: The places of parameters that have a gradient.

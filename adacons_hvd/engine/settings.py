@@ -86,14 +86,17 @@ class Settings:
     device_dense: str = ""
     device_sparse: str = ""
     check_replicas: int = CHECK_REPLICAS
+    #: "rank" or "host": what is a worker.
+    workers: str = "rank"
     #: Parameters that are meant to differ between ranks.
     may_differ: frozenset[Named] = frozenset()
 
     @classmethod
-    def checked(cls, parameters: Parameters, horovod: Any = None, **given: Any) -> Settings:
+    def checked(cls, parameters: Parameters, horovod: Any = None, *, hosts: bool = False, **given: Any) -> Settings:
         """Settings of arguments as the user gave them, or an error that names the argument and the value.
 
-        ``horovod`` is its module for the framework, or None over torch.distributed.
+        ``horovod`` is its module for the framework, or None over torch.distributed. ``hosts`` says whether the binding
+        can make hosts workers.
 
         >>> Settings.checked(Parameters(lambda thing: False, id), aggregator=None, granularity="tensor")
         Traceback (most recent call last):
@@ -109,6 +112,7 @@ class Settings:
             **given,
         )
         _check_aggregator(settings.aggregator, settings.schedule)
+        _check_workers(settings, hosts)
         check_count("bucket_bytes", settings.bucket_bytes)
         _check_predivide(settings.gradient_predivide_factor)
         _check_compression(settings.compression)
@@ -177,6 +181,24 @@ def _check_aggregator(aggregator: Any, schedule: Any) -> None:
         raise ValueError(
             f"{aggregator!r} needs {aggregator.needs}, which schedule={schedule!r} never sees; use one of {able}"
         )
+
+
+def _check_workers(settings: Settings, hosts: bool) -> None:
+    """Refuse what is no worker, and what goes with ranks alone."""
+    if settings.workers not in ("rank", "host"):
+        raise ValueError(f'workers must be "rank" or "host", got {settings.workers!r}')
+    if settings.workers == "rank":
+        return
+    if not hosts:
+        raise ValueError('workers="host" is for PyTorch over Horovod and for DDP; leave workers out here')
+    if settings.aggregator is None:
+        return
+    if settings.schedule != "auto":
+        raise ValueError(
+            f'workers="host" has a schedule of its own, so schedule must stay "auto", got {settings.schedule!r}'
+        )
+    if settings.aggregator.nonfinite == "exclude":
+        raise ValueError('nonfinite="exclude" is for workers="rank": no rank sees the whole gradient of its host')
 
 
 def _check_op(op: Any, hvd: Any) -> None:

@@ -28,6 +28,7 @@ def attach(
     *,
     granularity: str = "unit",
     grad_scaler: Any = None,
+    workers: str = "rank",
     timeout: float = TIMEOUT,
 ) -> None:
     """Let an aggregator combine the gradients of a sharded model's workers, instead of averaging.
@@ -50,6 +51,7 @@ def attach(
             to keep a gradient as large as the unsharded model.
         grad_scaler: the ``torch.amp.GradScaler`` in use, if any. Scaled gradients have to be known as such, because the
             length of AdaCons' result under ``scale="unit"`` does not follow that of the gradients.
+        workers: must stay ``"rank"``. With replicas of shards on hosts, HSDP, hosts are the workers already.
         timeout: for how many seconds this call waits for the other ranks to make it. Then all that did raise an error
             that names those that did not.
 
@@ -99,6 +101,7 @@ def attach(
             aggregator=aggregator,
             granularity=[unit.parameters for unit in units],
             grad_scaler=grad_scaler,
+            workers=workers,
         )
         _check(model, units, optimizers)
         if aggregator is not None:

@@ -114,6 +114,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     bucket_bytes: int = BUCKET_BYTES,
     check_replicas: int = CHECK_REPLICAS,
     may_differ: Iterable[Any] = (),
+    workers: str = "rank",
 ) -> Any:
     """Wrap an optimizer so that its steps use the gradients of all workers.
 

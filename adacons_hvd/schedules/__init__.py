@@ -32,6 +32,7 @@ framework and no communication library is named here; gradients come in through
 from .base import Bucket, Combination, DenseBucket, Schedule, Segment, Transfer
 from .gather import Gather
 from .half import HalfPass
+from .hosts import HostPass
 from .one_pass import OnePass, Scatter
 from .sketch import Sketch
 from .sparse import SparseBucket
@@ -43,6 +44,7 @@ __all__ = [
     "Bucket",
     "Combination",
     "DenseBucket",
+    "HostPass",
     "Scatter",
     "Schedule",
     "Segment",

@@ -74,6 +74,11 @@ class Schedule:
         #: How many steps' mean gradients its buckets keep.
         self.history = history
 
+    @property
+    def multiple(self) -> int:
+        """What the length of a bucket must be a multiple of, so that shards have equal length."""
+        return self.collectives.size
+
     def transfer(self, bucket: DenseBucket) -> Transfer:
         """Make the object that moves this one bucket in every step."""
         raise NotImplementedError
@@ -193,7 +198,7 @@ class Bucket:
 
 @dataclass
 class DenseBucket(Bucket):
-    """A flat tensor, whose length is a multiple of the number of workers.
+    """A flat tensor, whose length is a multiple of the schedule's ``multiple``.
 
     ``buffer`` holds this worker's gradient and, after ``finish``, the aggregated one, still to be
     multiplied by ``restore`` of its group if that is set. ``past`` holds the mean gradients of earlier steps, of the

@@ -13,7 +13,7 @@ from .rows import RowsTransfer
 if TYPE_CHECKING:
     from ..costs import Rates
 
-__all__ = ["OnePass", "Scatter"]
+__all__ = ["OnePass", "OnePassTransfer", "Scatter"]
 
 
 class OnePass(Schedule):
@@ -28,7 +28,7 @@ class OnePass(Schedule):
     sees_all = True
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
-        return _OnePassTransfer(self)
+        return OnePassTransfer(self)
 
     def kept(self, length: int) -> tuple[int, int]:
         shard = length // self.collectives.size
@@ -41,7 +41,7 @@ class OnePass(Schedule):
         return moved + (rates.look + rates.combine) * size * (1 + history / rates.workers)
 
 
-class _OnePassTransfer(RowsTransfer):
+class OnePassTransfer(RowsTransfer):
     needs_all = True
 
     def begin(self, bucket: DenseBucket) -> Pending:
@@ -56,10 +56,9 @@ class _OnePassTransfer(RowsTransfer):
         return self.collectives.allgather(combined, f"{bucket.name}.result", out=bucket.buffer)
 
     def pieces(self, bucket: DenseBucket) -> Iterator[Segment]:
-        length = bucket.length // self.collectives.size
-        first = self.collectives.rank * length
+        first, last = bucket.schedule.kept(bucket.length)
         for start, stop, group in bucket.segments:
-            start, stop = max(start - first, 0), min(stop - first, length)
+            start, stop = max(start, first) - first, min(stop, last) - first
             if start < stop:
                 yield Segment(start, stop, group)
 
@@ -76,7 +75,7 @@ class Scatter(OnePass):
         return _ScatterTransfer(self)
 
 
-class _ScatterTransfer(_OnePassTransfer):
+class _ScatterTransfer(OnePassTransfer):
     def scratch(
         self, bucket: DenseBucket, purpose: str, length: int, like: Tensor = None, half: bool = False
     ) -> Tensor | None:

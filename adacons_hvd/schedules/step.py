@@ -27,12 +27,14 @@ class Step:
         aggregator: what turns statistics into weights.
         groups: how many groups of parameters there are.
         name: a prefix for the names of collectives, equal on all ranks.
+        names: the names of workers in errors, where workers are not ranks.
     """
 
     collectives: Collectives
     aggregator: Aggregator
     groups: int
     name: str
+    names: Sequence[str] = ()
     #: News that is on its way to the host.
     _news: Any = field(default=None, init=False, repr=False)
 
@@ -197,5 +199,5 @@ class Step:
     def _refuse_nonfinite(self, statistics: Statistics) -> None:
         ops = ops_for(statistics.squares)
         finite = ops.to_list(ops.isfinite(statistics.squares))
-        ranks = range(self.collectives.size)
-        self.aggregator.refuse([r for r in ranks if not all(group[r] for group in finite)])
+        names = self.names or [str(rank) for rank in range(self.collectives.size)]
+        self.aggregator.refuse([name for i, name in enumerate(names) if not all(group[i] for group in finite)])

@@ -40,6 +40,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     bucket_bytes: int = BUCKET_BYTES,
     check_replicas: int = CHECK_REPLICAS,
     may_differ: Iterable[Any] = (),
+    workers: str = "rank",
 ) -> Any:
     """Wrap an optimizer so that its steps use the gradients of all workers.
 
@@ -54,7 +55,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
                 "an aggregator works with optimizers of Keras, not with tf.compat.v1.train's; "
                 "for those, take gradients from a DistributedGradientTape"
             )
-        ours = ("aggregator", "schedule", "granularity", "bucket_bytes", "check_replicas", "may_differ")
+        ours = ("aggregator", "schedule", "granularity", "bucket_bytes", "check_replicas", "may_differ", "workers")
         return hvd.DistributedOptimizer(**{name: value for name, value in arguments.items() if name not in ours})
     from . import keras
 

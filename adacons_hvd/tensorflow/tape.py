@@ -44,6 +44,7 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
     bucket_bytes: int = BUCKET_BYTES,
     check_replicas: int = CHECK_REPLICAS,
     may_differ: Iterable[Any] = (),
+    workers: str = "rank",
     name: str = "",
 ) -> tf.GradientTape:
     """Wrap a tape so that its gradients are those of all workers.
@@ -80,6 +81,7 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
             raise a ``ReplicaError`` if these differ (inside a ``tf.function`` of yours an
             ``InvalidArgumentError`` with the same text); 0 never.
         may_differ: variables that are meant to differ between ranks, left out of that.
+        workers: must stay ``"rank"``. Hosts can be workers with PyTorch over Horovod and with DDP.
         name: tells apart tapes that take other gradients of the same variables, as of two losses.
 
     The returned tape has one more attribute, ``report``: a :class:`adacons_hvd.report.Report` on
@@ -115,6 +117,7 @@ def DistributedGradientTape(  # noqa: N802 - Horovod's name
         device_sparse=device_sparse,
         check_replicas=check_replicas,
         may_differ=may_differ,
+        workers=workers,
     )
     # As in Horovod, the result is of a new class derived from the tape's own, and it takes over
     # what the tape has recorded.

@@ -53,6 +53,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     grad_scaler: Any = None,
     check_replicas: int = CHECK_REPLICAS,
     may_differ: Iterable[torch.Tensor] = (),
+    workers: str = "rank",
 ) -> Any:
     """Wrap an optimizer so that its steps use the gradients of all workers.
 
@@ -95,6 +96,9 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         check_replicas: every how many steps ranks compare their parameters, to notice one that has
             trained alone. 0 never.
         may_differ: parameters that are meant to differ between ranks, left out of that comparison.
+        workers: ``"rank"``, or ``"host"`` for another method: gradients are averaged inside of each host, and
+            the aggregator combines the hosts' averages, at the price of an average however many ranks a host has.
+            ``report.choice.hosts`` then has the ranks of each worker.
 
     With a closure, ``step()`` returns the mean of the ranks' losses, and the optimizer decides by it.
 
@@ -121,6 +125,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     settings = Settings.checked(
         Parameters(torch.is_tensor, id),
         hvd,
+        hosts=True,
         aggregator=aggregator,
         schedule=schedule,
         granularity=granularity,
@@ -135,6 +140,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
         op=op,
         check_replicas=check_replicas,
         may_differ=may_differ,
+        workers=workers,
     )
     if aggregator is None:
         return _plain(

@@ -99,8 +99,8 @@ class DensePacking(Packing):
         for slot in slots:
             slot.packing, slot.start = self, length
             length += slot.length
-        # Shards have equal length, so the buffer is padded to a multiple of the workers.
-        padded = -(-length // schedule.collectives.size) * schedule.collectives.size
+        # Shards have equal length, so the buffer is padded.
+        padded = -(-length // schedule.multiple) * schedule.multiple
         buffer = torch.zeros(padded, dtype=dtype, device=slots[0].parameter.device)
         self._bucket = DenseBucket(name, buffer, segments((slot.length, slot.group) for slot in slots), schedule)
         self._views = {

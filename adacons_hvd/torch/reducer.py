@@ -29,14 +29,17 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
+import horovod.torch as hvd
 import torch
 from horovod.torch.mpi_ops import HorovodInternalError
 
 from .. import agreement
 from ..collectives import Pending, host_name
 from ..collectives.horovod_torch import HorovodTorch
+from ..collectives.hosts import Hosts
 from ..costs import Choice
 from ..engine.history import Place, intervals_of
+from ..engine.hosts import choose_hosts, names_of
 from ..engine.memory import State, holders, share_memory
 from ..engine.protocol import Message, Recall, Verdict, decide
 from ..engine.replicas import ReplicaError, compare_replicas, is_due, stray_step
@@ -45,7 +48,7 @@ from ..engine.settings import Settings
 from ..ops.torch import arithmetic
 from ..ops.torch import digest as digest_of
 from ..report import Report
-from ..schedules import SCHEDULES, Step
+from ..schedules import SCHEDULES, HostPass, Schedule, Step
 from ..torch_amp import unscale
 from ..torch_host import OnItsWay
 from .numbering import numbering
@@ -354,8 +357,7 @@ class Reducer:
             self._choice = self._only_sums()
         else:
             self._choice, arrivals = self._agree(slots, digest)
-        history, predivide = self._aggregator.history, self.settings.gradient_predivide_factor
-        schedule = SCHEDULES[self._choice.schedule](self._collectives, predivide, history)
+        history, schedule = self._aggregator.history, self._schedule()
         if not joined:
             self._packings_for_all = []
         elif not self._joined and not self._counts_ranks:
@@ -369,7 +371,8 @@ class Reducer:
             together=self.settings.shared_buckets(list(map(id, self._slots))),
             compression=self.settings.compression,
         )
-        self._step = Step(self._collectives, self._aggregator, self._groups, self.name)
+        workers = schedule.collectives
+        self._step = Step(workers, self._aggregator, self._groups, self.name, names_of(self._choice.hosts))
         self._overlaps = self.settings.overlap and schedule.overlaps and self._step.may_begin_early
         needs_all = any(packing.bucket.needs_all for packing in self._packings)
         # What does not overlap leaves at the start of synchronize, with the flags.
@@ -385,10 +388,17 @@ class Reducer:
         self._digest, self._joined, self._stale = digest, joined, False
         if self._packings:
             reference = self._packings[0].bucket.reference
-            self.state.fit(self._aggregator, self._groups, self._collectives.size, reference)
+            self.state.fit(self._aggregator, self._groups, workers.size, reference)
         if history:
             held = holders([arrival.memory for arrival in arrivals], [arrival.held for arrival in arrivals])
             self.state.resume_history(self._aggregator, self._places(slots), held, self._collectives, self.name)
+
+    def _schedule(self) -> Schedule:
+        """The schedule of the choice that all ranks have made."""
+        history, predivide = self._aggregator.history, self.settings.gradient_predivide_factor
+        if self._choice.hosts:
+            return HostPass(Hosts(self._collectives, self._choice.hosts), predivide, history)
+        return SCHEDULES[self._choice.schedule](self._collectives, predivide, history)
 
     def _places(self, slots: Sequence[Slot]) -> list[Place]:
         """Where in the whole gradient the elements of each bucket lie."""
@@ -401,6 +411,7 @@ class Reducer:
         mine = Arrival(
             digest,
             host_name(),
+            place=(hvd.local_rank(), hvd.local_size()),
             sparse=[i for i, slot in enumerate(slots) if self._is_sparse(slot)],
             memory=(self.state.digest(), self.state.steps),
             was_without_some=self._joined,
@@ -410,6 +421,13 @@ class Reducer:
         # A parameter may have a sparse gradient on one rank and none yet on another.
         for index in {i for arrival in arrivals for i in arrival.sparse}:
             slots[index].sparse = True
+        ranks = self.settings.process_set.ranks
+        hosts = choose_hosts(arrivals, ranks) if self.settings.workers == "host" else None
+        if hosts is not None and (sparse := [slot.name for slot in slots if slot.sparse]):
+            raise NotImplementedError(
+                f'workers="host" averages no sparse gradients, as that of {sparse[0]}; make them dense with '
+                "sparse_as_dense=True, or Embedding(sparse=False)"
+            )
         reference = slots[0].parameter if slots else torch.zeros(())
         share_memory(
             self.state,
@@ -417,10 +435,10 @@ class Reducer:
             self._collectives,
             self.name,
             reference=reference,
-            ranks=self.settings.process_set.ranks,
+            ranks=ranks,
             expected=any(arrival.was_without_some for arrival in arrivals),
         )
-        choice = choose_schedule(
+        choice = hosts or choose_schedule(
             self.settings,
             self._collectives,
             [arrival.host for arrival in arrivals],
@@ -431,6 +449,8 @@ class Reducer:
         return choice, arrivals
 
     def _only_sums(self) -> Choice:
+        if self.settings.workers == "host":
+            raise RuntimeError('workers="host" goes on only while no rank has called hvd.join(), and one has')
         if self._aggregator.needs:
             raise RuntimeError(
                 f"{self._aggregator!r} needs {self._aggregator.needs}, which cannot be had once a rank has called "

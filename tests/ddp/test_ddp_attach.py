@@ -146,6 +146,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"may_differ": torch.ones(2)}, ValueError, "may_differ must be lists of parameters, found Tensor in place of a"),
     ({"may_differ": ["bias"]}, ValueError, "may_differ must hold parameters, found str"),
     ({"may_differ": [torch.ones(2)]}, ValueError, "may_differ names 1 parameter that this optimizer does not train"),
+    ({"workers": "node"}, ValueError, 'workers must be "rank" or "host", got \'node\''),
+    ({"workers": "host", "schedule": "gather"}, ValueError, 'workers="host" has a schedule of its own'),
     ({"timeout": 0}, ValueError, "timeout must be a positive number of seconds, got 0"),
     ({"timeout": "1"}, ValueError, "timeout must be a positive number of seconds, got '1'"),
     ({"timeout": float("inf")}, ValueError, "timeout must be a positive number of seconds, got inf"),

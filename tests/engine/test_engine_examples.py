@@ -31,6 +31,7 @@ MODULES = [
         "engine.plan",
         "engine.memory",
         "engine.session",
+        "engine.hosts",
     ],
 )
 def test_examples(module):

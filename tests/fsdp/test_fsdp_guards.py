@@ -49,6 +49,8 @@ def refused(case: str) -> str:
     optimizer = momentum(model.parameters())
     if case == "granularity":
         options["granularity"] = "model"
+    elif case == "hosts":
+        options["workers"] = "host"
     elif case == "twice":
         attached(model)
     elif case == "factor":
@@ -76,6 +78,7 @@ REFUSALS = {
     "alone": "FSDP scatters nothing among a single rank",
     "not sharded": "no module of Sequential was given to fully_shard()",
     "granularity": "granularity must be \"unit\", got 'model'",
+    "hosts": 'workers="host" is for PyTorch over Horovod and for DDP',
     "twice": "has another reduce-scatter than FSDP's own",
     "factor": "set_gradient_divide_factor(3.0)",
     "history": "needs the mean gradients of earlier steps",

@@ -24,8 +24,8 @@ What a test says about its cluster
 `ranks` takes the numbers of processes (default 2) and
 
 - `launcher`, one name or several: "mpi" (mpirun, Horovod's MPI controller), "gloo" (horovodrun --gloo),
-  "torchrun" (no Horovod: torch.distributed with init_method="env://"). Default: mpi and gloo. Another one is one more
-  entry in `launchers.py`.
+  "torchrun" (no Horovod: torch.distributed with init_method="env://"), "mpi-hosts" and "gloo-hosts" (this machine as
+  several hosts to Horovod). Default: mpi and gloo. Another one is one more entry in `launchers.py`.
 - `soak`, numbers by launcher, as in {"gloo": (2, 4)}: those of them that only `make soak` runs.
 - `env`, environment of the ranks on top of `launchers.environment`.
 - `pool`, any word: tests that use another word do not share processes. Say pool="tensorflow" where TensorFlow is used,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 HOROVODRUN = Path(__file__).with_name("horovodrun.py")
+HERE = Path(__file__).with_name("here.sh")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,24 @@ def _mpirun(ranks: int) -> list[str]:
     return [program("mpirun"), "-np", str(ranks), "--oversubscribe", *words]
 
 
+def _mpirun_on_hosts(ranks: int) -> list[str]:
+    """Hosts of two ranks; of an odd number the last one is alone.
+
+    All are this machine, with a daemon of Open MPI's for each, so that Horovod takes them for hosts. Their ranks share
+    no memory, because the daemons would mistake each other's for their own.
+    """
+    hosts = ",".join(f"host{first}:{min(2, ranks - first)}" for first in range(0, ranks, 2))
+    options = [*_mpirun(ranks), "-H", hosts, "--mca", "plm_rsh_agent", f"/bin/sh {HERE}"]
+    return ["self,tcp" if option == "self,vader,tcp" else option for option in options]
+
+
 def _horovodrun(ranks: int) -> list[str]:
     return [sys.executable, str(HOROVODRUN), "--gloo", "-np", str(ranks)]
+
+
+def _horovodrun_on_hosts(ranks: int) -> list[str]:
+    """Two hosts, with half of the ranks each: two names of this machine."""
+    return [*_horovodrun(ranks), "-H", f"localhost:{ranks - ranks // 2},127.0.0.1:{ranks // 2}"]
 
 
 def _torchrun(ranks: int) -> list[str]:
@@ -57,27 +74,24 @@ def _torchrun(ranks: int) -> list[str]:
     return [program("torchrun"), *options]
 
 
+_MPI = {
+    "HOROVOD_CONTROLLER": "mpi",
+    "HOROVOD_CPU_OPERATIONS": "mpi",
+    # Where ranks are no more than cores, Open MPI waits without letting go of them, though Horovod waits in a
+    # thread of its own: with two ranks on two cores a third of the time.
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    # Read only when root; containers often are.
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+}
+# Eight processes importing a framework on two cores reach hvd.init() far apart; 30 s is the default.
+_GLOO = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "120"}
+
 LAUNCHERS: dict[str, Launcher] = {
-    "mpi": Launcher(
-        _mpirun,
-        "OMPI_COMM_WORLD_RANK",
-        {
-            "HOROVOD_CONTROLLER": "mpi",
-            "HOROVOD_CPU_OPERATIONS": "mpi",
-            # Where ranks are no more than cores, Open MPI waits without letting go of them, though Horovod waits in a
-            # thread of its own: with two ranks on two cores a third of the time.
-            "OMPI_MCA_mpi_yield_when_idle": "1",
-            # Read only when root; containers often are.
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        },
-    ),
-    "gloo": Launcher(
-        _horovodrun,
-        "HOROVOD_RANK",
-        # Eight processes importing a framework on two cores reach hvd.init() far apart; 30 s is the default.
-        {"HOROVOD_GLOO_TIMEOUT_SECONDS": "120"},
-    ),
+    "mpi": Launcher(_mpirun, "OMPI_COMM_WORLD_RANK", _MPI),
+    "gloo": Launcher(_horovodrun, "HOROVOD_RANK", _GLOO),
+    "mpi-hosts": Launcher(_mpirun_on_hosts, "OMPI_COMM_WORLD_RANK", _MPI),
+    "gloo-hosts": Launcher(_horovodrun_on_hosts, "HOROVOD_RANK", _GLOO),
     "torchrun": Launcher(_torchrun, "RANK"),
 }
 

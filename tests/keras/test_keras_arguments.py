@@ -36,6 +36,7 @@ WRONG = {
     "got True",
     "dict(may_differ=[1])": "may_differ must hold parameters, found int",
     "dict(may_differ=v[0])": "may_differ must be lists of parameters, found Variable in place of a list",
+    "dict(workers='host')": 'workers="host" is for PyTorch over Horovod and for DDP; leave workers out here',
     "dict(optimizer='adam')": "optimizer must be an optimizer of Keras such as keras.optimizers.Adam(), got 'adam'",
     "dict(optimizer=None)": "optimizer must be an optimizer of Keras such as keras.optimizers.Adam(), got None",
 }

@@ -41,6 +41,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"may_differ": "variable"}, "may_differ must be lists of parameters"),
     ({"may_differ": [3]}, "may_differ must hold parameters, found int"),
+    ({"workers": "host"}, 'workers="host" is for PyTorch over Horovod and for DDP'),
 ]
 
 

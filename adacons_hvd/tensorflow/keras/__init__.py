@@ -55,6 +55,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
     bucket_bytes: int = BUCKET_BYTES,
     check_replicas: int = CHECK_REPLICAS,
     may_differ: Iterable[Any] = (),
+    workers: str = "rank",
 ) -> Any:
     """Wrap an optimizer so that its steps use the gradients of all workers.
 
@@ -93,6 +94,7 @@ def DistributedOptimizer(  # noqa: N802 - Horovod's name
             error if these differ; 0 never.
         may_differ: variables that are meant to differ between ranks, left out of that. Local
             variables are left out by themselves.
+        workers: must stay ``"rank"``. Hosts can be workers with PyTorch over Horovod and with DDP.
 
     The returned optimizer has four more attributes: ``aggregator``; ``report``, a
     :class:`adacons_hvd.report.Report` on the last step, or None; ``register_local_var``, as in
