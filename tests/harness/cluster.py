@@ -17,8 +17,9 @@ import cloudpickle
 
 from harness import processes
 from harness.errors import ClusterError
-from harness.launchers import LAUNCHERS
+from harness.launchers import IMPORTED, LAUNCHERS, environment
 from harness.pool import START, Job, Pool, Spec, section
+from harness.template import Template
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -44,12 +45,13 @@ class ScriptResult:
 
 
 class Pools:
-    """The one pool that may be alive, and the folders of all that were."""
+    """The one pool that may be alive, the folders of all that were, and what their ranks are forked from."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = itertools.count()
         self._pool: Pool | None = None
+        self._templates: dict[object, list[Template]] = {}
 
     def folder(self, spec: Spec) -> Path:
         """A new folder for a job's output."""
@@ -63,7 +65,23 @@ class Pools:
             pool, self._pool = self._pool, None
             return pool
         self.close()
-        return Pool(spec, self.folder(spec))
+        return Pool(spec, self.folder(spec), self._templates_for(spec))
+
+    def _templates_for(self, spec: Spec) -> list[str]:
+        """The addresses of the two templates of such a pool's ranks; none if these are to import by themselves."""
+        launcher = LAUNCHERS[spec.launcher]
+        modules = IMPORTED.get(spec.word, ()) if spec.word else launcher.imported
+        key = modules, spec.env
+        if modules and key not in self._templates:
+            env = environment(launcher, self._folder, dict(spec.env))
+            self._templates[key] = [Template(modules, self._folder, env) for _ in range(2)]
+        return [template.address for template in self._templates.get(key, [])]
+
+    def end(self) -> None:
+        """End the pool, and the templates."""
+        self.close()
+        for template in itertools.chain.from_iterable(self._templates.values()):
+            template.close()
 
     def keep(self, pool: Pool) -> None:
         """Let the next user have this pool."""

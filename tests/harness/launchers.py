@@ -21,6 +21,8 @@ class Launcher:
     command: Callable[[int], list[str]]
     rank_variable: str
     env: Mapping[str, str] = field(default_factory=dict)
+    #: What ranks find imported in a pool without a word.
+    imported: tuple[str, ...] = ("torch._dynamo", "adacons_hvd.torch")
 
 
 def program(name: str) -> str:
@@ -78,7 +80,14 @@ LAUNCHERS: dict[str, Launcher] = {
         # Eight processes importing a framework on two cores reach hvd.init() far apart; 30 s is the default.
         {"HOROVOD_GLOO_TIMEOUT_SECONDS": "120"},
     ),
-    "torchrun": Launcher(_torchrun, "RANK"),
+    "torchrun": Launcher(_torchrun, "RANK", imported=("torch._dynamo", "adacons_hvd.ddp", "adacons_hvd.fsdp")),
+}
+
+#: What ranks find imported in a pool with a word; nothing where it is another word.
+IMPORTED = {
+    "tensorflow": ("keras", "adacons_hvd.tensorflow.keras"),
+    "tf_keras": ("tf_keras", "adacons_hvd.tensorflow.keras"),
+    "keras-torch": ("torch._dynamo", "keras", "adacons_hvd.keras"),
 }
 
 DEFAULTS = {
