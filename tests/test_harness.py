@@ -504,10 +504,18 @@ def test_fails():
 
 
 def test_a_second_stream_that_dies_is_noticed(tmp_path: Path) -> None:
-    (tmp_path / "test_another.py").write_text("import os\ndef test_dies():\n    os._exit(0)\n")
-    process, _ = pytest_on(tmp_path, "def test_nothing(): pass", "--streams", "2")
+    flag = str(tmp_path / "flag")
+    # The second stream begins with this one, while the first one is kept from it by the last; what is between is taken
+    # beforehand.
+    (tmp_path / "test_at_first.py").write_text(
+        f"import os, pathlib\ndef test_dies():\n    pathlib.Path({flag!r}).touch()\n    os._exit(0)\n"
+    )
+    (tmp_path / "test_last.py").write_text(
+        f"import pathlib\ndef test_waits():\n    while not pathlib.Path({flag!r}).exists():\n        pass\n"
+    )
+    process, _ = pytest_on(tmp_path, "def test_between(): pass", "--streams", "2")
     assert process.wait(60) == pytest.ExitCode.INTERNAL_ERROR
-    assert "came to an end in test_another.py::test_dies" in (tmp_path / "output").read_text()
+    assert "came to an end in test_at_first.py::test_dies" in (tmp_path / "output").read_text()
 
 
 # --- tests/mpi: mpirun -np N python -m pytest

@@ -51,7 +51,9 @@ class Pools:
         self._folder = folder
         self._numbers = itertools.count()
         self._pool: Pool | None = None
-        self._templates: dict[object, list[Template]] = {}
+        #: The templates of the last pool that had some, and what they are for.
+        self._templates: list[Template] = []
+        self._imported: object = None
 
     def folder(self, spec: Spec) -> Path:
         """A new folder for a job's output."""
@@ -71,17 +73,20 @@ class Pools:
         """The addresses of the two templates of such a pool's ranks; none if these are to import by themselves."""
         launcher = LAUNCHERS[spec.launcher]
         modules = IMPORTED.get(spec.word, ()) if spec.word else launcher.imported
-        key = modules, spec.env
-        if modules and key not in self._templates:
+        if not modules:
+            return []
+        if self._imported != (modules, spec.env):
+            # Tests are sorted, so what came before is not needed any more, and it takes memory.
+            self._close_templates()
             env = environment(launcher, self._folder, dict(spec.env))
-            self._templates[key] = [Template(modules, self._folder, env) for _ in range(2)]
-        return [template.address for template in self._templates.get(key, [])]
+            self._templates = [Template(modules, self._folder, env) for _ in range(2)]
+            self._imported = modules, spec.env
+        return [template.address for template in self._templates]
 
-    def end(self) -> None:
-        """End the pool, and the templates."""
-        self.close()
-        for template in itertools.chain.from_iterable(self._templates.values()):
-            template.close()
+    def _close_templates(self) -> None:
+        while self._templates:
+            self._templates.pop().close()
+        self._imported = None
 
     def keep(self, pool: Pool) -> None:
         """Let the next user have this pool."""
@@ -92,6 +97,11 @@ class Pools:
         pool, self._pool = self._pool, None
         if pool:
             pool.close()
+
+    def end(self) -> None:
+        """End the pool, and the templates."""
+        self.close()
+        self._close_templates()
 
 
 class Cluster:

@@ -14,6 +14,7 @@ import itertools
 import multiprocessing
 import os
 import secrets
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 
 from harness.pool import Job
+from harness.start import die_with_parent
 
 
 class Groups:
@@ -71,7 +73,7 @@ def run(session: pytest.Session, group_of: Callable[[pytest.Item], Hashable]) ->
         _stop_if_told(session)
     finally:
         groups.give_up()
-        # Its tests end their processes, as they do when pytest is killed.
+        # If it is still running tests, it ends when it has something to tell.
         theirs.close()
         os.waitpid(child, 0)
 
@@ -141,6 +143,7 @@ def _second(session: pytest.Session, groups: Groups, connection: Connection) -> 
     """The second stream, which is all that this process does."""
     config = session.config
     code = 1
+    die_with_parent(signal.SIGKILL)
     try:
         # What was forked with this process is the first stream's: captured output, the terminal, the mark of a session.
         capturing: Any = config.pluginmanager.getplugin("capturemanager")
@@ -153,6 +156,8 @@ def _second(session: pytest.Session, groups: Groups, connection: Connection) -> 
         config.pluginmanager.register(Reporter(config, connection))
         for item, after in _with_next(groups.taken(from_the_end=False)):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+            if session.shouldfail or session.shouldstop:
+                break
         connection.send(("end", None))
         code = 0
     except BaseException:
