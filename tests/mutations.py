@@ -156,7 +156,7 @@ MUTATIONS = [
         "engine/session.py",
         '"bucket_bytes": settings.bucket_bytes',
         '"bucket_bytes": 0',
-        "tests/pytorch/test_torch_optimizer.py tests/tensorflow/test_tf_agreement.py -k 'about_set or bucket_b'",
+        "tests/conformance/test_conformance.py -k 'pytorch and gloo'",
     ),
     # --- PyTorch over Horovod ---
     Mutation(

@@ -15,33 +15,6 @@ import torch
 pytestmark = [pytest.mark.ranks(3, launcher="torchrun"), pytest.mark.time_limit(120)]
 
 
-# --- what shares a weight -----------------------------------------------------------------------
-
-
-def granularities() -> None:
-    from ddp_job import network, train
-
-    for schedule in ("two-pass", "one-pass", "gather"):
-        train(
-            network(1),
-            granularity="layer",
-            groups=lambda names: [[i] for i in range(len(names))],
-            schedule=schedule,
-        )
-    module = network(2)
-    optimizer = train(
-        module,
-        granularity=[[module[4].bias, module[0].weight], [module[2].weight]],
-        # In the module's order: 0.weight 0.bias 2.weight 2.bias 4.weight 4.bias. The rest are a group.
-        groups=lambda names: [[5, 0], [2], [1, 3, 4]],
-    )
-    assert len(optimizer.report.weights) == 3
-
-
-def test_granularity(cluster):
-    cluster.run(granularities)
-
-
 # --- what DDP offers ----------------------------------------------------------------------------
 
 
@@ -205,28 +178,6 @@ def joined(schedule: str, nonfinite: str) -> None:
 @pytest.mark.parametrize("nonfinite", ["propagate", "exclude"])
 def test_ranks_that_run_out_of_data(cluster, schedule, nonfinite):
     cluster.run(joined, schedule, nonfinite)
-
-
-def empty_in_its_own_group(schedule: str) -> None:
-    from ddp_job import train
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = torch.nn.Linear(6, 3)
-            self.nothing = torch.nn.Parameter(torch.ones(0, 3))
-
-        def forward(self, x: Any) -> Any:
-            return self.body(x) + self.nothing.sum()
-
-    torch.manual_seed(0)
-    granularity = {"granularity": "layer", "groups": lambda names: [[i] for i in range(len(names))]}
-    train(Model(), options={"bucket_cap_mb": 1}, schedule=schedule, **granularity)
-
-
-@pytest.mark.parametrize("schedule", ["two-pass", "one-pass", "gather"])
-def test_a_parameter_without_elements_beside_others(cluster, schedule):
-    cluster.run(empty_in_its_own_group, schedule)
 
 
 def subgroup() -> None:

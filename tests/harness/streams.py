@@ -112,7 +112,8 @@ class Reports:
             except (EOFError, OSError):
                 raise RuntimeError(f"the second stream of tests came to an end in {self._running}") from None
             if kind == "test":
-                self._running = value
+                self._running, location = value
+                hook.pytest_runtest_logstart(nodeid=self._running, location=location)
             elif kind == "report":
                 report = hook.pytest_report_from_serializable(config=self._session.config, data=value)
                 hook.pytest_runtest_logreport(report=report)
@@ -131,8 +132,8 @@ class Reporter:
         self._config = config
         self._connection = connection
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._connection.send(("test", nodeid))
+    def pytest_runtest_logstart(self, nodeid: str, location: tuple[str, int | None, str]) -> None:
+        self._connection.send(("test", (nodeid, location)))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
