@@ -78,7 +78,7 @@ MUTATIONS = [
         "schedules/one_pass.py",
         "first = self.collectives.rank * length",
         "first = 0",
-        "tests/pytorch/test_torch_exact.py tests/pytorch/test_torch_gradients.py -k layer",
+        "tests/conformance/test_conformance.py -k 'pytorch and gloo'",
     ),
     Mutation(
         "the weight of a rank that has joined",
@@ -162,8 +162,8 @@ MUTATIONS = [
     Mutation(
         "a step that a scheduler has bound",
         "torch/optimizer.py",
-        "vars(optimizer).pop(name)",
-        "vars(optimizer)[name]",
+        "for name in _CALLS_BASE if name in vars(optimizer)",
+        "for name in () if name in vars(optimizer)",
         "tests/pytorch/test_torch_scripts.py tests/pytorch/test_torch_optimizer.py -k scheduler",
     ),
     Mutation(
@@ -362,7 +362,7 @@ def caught_by(mutation: Mutation) -> str:
             check=False,
         )
     if done.returncode not in (0, 1):
-        raise SystemExit(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
+        print(done.stdout, done.stderr)
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     return found[1] if found else ""
 

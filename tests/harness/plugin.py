@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def key(item: pytest.Item) -> tuple[Any, ...]:
         spec = spec_of(item)
-        return (1, spec.launcher == "mpi", spec.launcher, spec.word, spec.env, spec.ranks) if spec else (0,)
+        return (1, spec.launcher.startswith("mpi"), spec.launcher, spec.word, spec.env, spec.ranks) if spec else (0,)
 
     items.sort(key=key)
 
