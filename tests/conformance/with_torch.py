@@ -46,7 +46,8 @@ def run(case: Case) -> Counter[str]:
             seen[step] = _step_and_see(optimizer, parameters)
             for p, sparse in zip(parameters, was_sparse, strict=True):
                 # Frozen parameters stay out, and what was sparse still is.
-                assert p.grad is None if not p.requires_grad else p.grad.is_sparse or not sparse
+                assert p.requires_grad or p.grad is None
+                assert not sparse or p.grad.is_sparse
         hvd.join()
         if case.epochs > 1:
             # Who left early has missed steps; as in plain Horovod, scripts make parameters equal before the next epoch.
