@@ -199,7 +199,7 @@ MUTATIONS = [
         "engine/memory.py",
         "    leader = rank_to_follow(remembered)\n    if leader is None:",
         "    leader = rank_to_follow(remembered)\n    if True:",
-        "tests/pytorch/test_torch_optimizer.py -k one_rank_alone",
+        "tests/faults/test_checkpoints.py -k alone",
     ),
     Mutation(
         "half precision on the wire",
@@ -207,6 +207,13 @@ MUTATIONS = [
         "return torch.float16, None",
         "return None, None",
         "tests/pytorch/test_torch_arguments.py -k fp16",
+    ),
+    Mutation(
+        "the conjugate of a complex gradient in PyTorch",
+        "torch/packing.py",
+        "views.append(view)\n            gradients.append(real(gradient))",
+        "views.append(view)\n            gradients.append(real(gradient.conj().resolve_conj()))",
+        "tests/conformance/test_conformance.py -k 'pytorch and gloo'",
     ),
     Mutation(
         "optimizers are numbered afresh with Horovod",
@@ -245,13 +252,6 @@ MUTATIONS = [
         "tests/ddp/test_ddp_guards.py -k one_rank",
     ),
     Mutation(
-        "complex gradients in DDP",
-        "ddp/parts.py",
-        "torch.view_as_complex(flat.view(-1, 2))",
-        "torch.view_as_complex(flat.view(-1, 2)).conj().resolve_conj()",
-        "tests/ddp/test_ddp_features.py -k element_types",
-    ),
-    Mutation(
         "a loss scale in FSDP",
         "fsdp/reducer.py",
         "factor = unscale(self.settings.grad_scaler, gradient)",
@@ -264,7 +264,7 @@ MUTATIONS = [
         "tensorflow/tape.py",
         "key = (name, settings, tuple(",
         "key = (name, None, tuple(",
-        "tests/tensorflow/test_tf_tape.py",
+        "tests/tensorflow/test_tf_arguments.py -k share_a_reducer",
     ),
     Mutation(
         "rows that are there twice",
@@ -274,7 +274,7 @@ MUTATIONS = [
         "tests/conformance/test_conformance.py -k 'tapes and gloo'",
     ),
     Mutation(
-        "the conjugate of a complex gradient",
+        "the conjugate of a complex gradient in a tape",
         "tensorflow/packing.py",
         "tf.stack([tf.math.real(gradient), tf.math.imag(gradient)], -1)",
         "tf.stack([tf.math.real(gradient), -tf.math.imag(gradient)], -1)",
