@@ -20,6 +20,10 @@ BUILD := $(wildcard adacons_hvd/horovod_build/*.py adacons_hvd/horovod_build/pat
 # since ranks share the machine and would otherwise wait for one another.
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}"
 
+# What needs one process, and one job beside the oracle for each binding and launcher.
+QUICK := $(addprefix tests/, test_aggregators.py test_plain.py engine docs/test_layers.py tensorflow/test_tf_operations.py \
+	conformance/test_random.py fsdp/test_fsdp_oracle.py keras/test_keras_oracle.py)
+
 .PHONY: help
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +40,11 @@ demo: setup ## a distributed training run on this machine: an average, AdaCons a
 
 .PHONY: test
 test: lint ## lint, types and every test
-	@$(RUN) python -m pytest $(PYTEST_ARGS)
+	@$(RUN) python -m pytest --streams 2 $(PYTEST_ARGS)
+
+.PHONY: test-quick
+test-quick: setup ## the tests for between two edits, in three minutes
+	@$(RUN) RANDOM_CASES=6 python -m pytest --streams 2 $(QUICK) $(PYTEST_ARGS)
 
 .PHONY: test-trainers
 test-trainers: $(STAMPS)/trainers ## the adapters, with the real Lightning, Accelerate, Transformers and Ray

@@ -5,9 +5,11 @@ from pathlib import Path
 from harness.plugin import (  # noqa: F401
     cluster,
     cluster_pools,
+    pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_generate_tests,
+    pytest_runtestloop,
     under_mpi,
 )
 

@@ -55,6 +55,59 @@ class Oracle:
         return result
 
 
+class Judge:
+    """The method where only some of N workers take part, and how far roundings may take a result from it."""
+
+    def __init__(self, workers: int, momentum: float, normalize: bool, scale: str) -> None:
+        self.workers, self.beta, self.normalize, self.scale = workers, momentum, normalize, scale
+        self.m: Vector | None = None
+        #: How far a single-precision result may be off, in units of one rounding.
+        self.slack = 0.0
+        #: Whether a rounding may decide between the method and the average.
+        self.close = False
+
+    def __call__(self, gradients: dict[int, Vector]) -> Vector:
+        with np.errstate(all="ignore"):
+            return self._aggregate(list(gradients.values()))
+
+    def _aggregate(self, g: list[Vector]) -> Vector:
+        mean = sum(g) / len(g)
+        n = np.array([np.sqrt(x @ x) for x in g])
+        self.slack = sum(float(np.linalg.norm(x[np.isfinite(x)])) for x in g) / len(g)
+        self.close = False
+        if not np.isfinite(n).all() or not n.any():
+            return mean
+        alpha = np.array([x @ mean / k if k else 0.0 for x, k in zip(g, n, strict=True)])
+        if self.beta:
+            alpha = self._smooth(alpha)
+        # A mean in which much cancels has the roundings of what there was, and so has every coefficient.
+        slack = n.sum()
+        if self.normalize:
+            whole, size = alpha.sum(), np.abs(alpha).sum()
+            self.close = abs(whole - 1e-2 * size) < 1e-3 * size
+            if whole <= 1e-2 * size:
+                return mean
+            alpha = alpha / whole
+            slack = slack / whole * (1 + np.abs(alpha).sum())
+        gamma = np.array([a / k if k else 0.0 for a, k in zip(alpha, n, strict=True)])
+        factor = 1.0 if self.scale == "unit" else n.sum() / len(g) if self.normalize else 1 / len(g)
+        self.slack = float(factor * (slack + np.abs(alpha).sum()))
+        return factor * sum(w * x for w, x in zip(gamma, g, strict=True))
+
+    def _smooth(self, alpha: Vector) -> Vector:
+        order = np.argsort(alpha, kind="stable")
+        # The sorted values as a curve over [0, 1], whoever is there.
+        all_points, points = np.linspace(0, 1, self.workers), np.linspace(0, 1, len(alpha))
+        curve = np.interp(all_points, points, alpha[order])
+        if self.m is None:
+            self.m = curve
+            return alpha
+        old = np.empty_like(alpha)
+        old[order] = np.interp(points, all_points, self.m)
+        self.m = self.beta * self.m + (1 - self.beta) * curve
+        return self.beta * old + (1 - self.beta) * alpha
+
+
 class CurvatureOracle:
     """The curvature rule, from the gradients of all workers and of all steps so far: a d x d matrix and its solve."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -236,10 +237,13 @@ def test_the_unit_scale_is_at_most_one_long(g):
 def test_a_zero_gradient_gets_weight_zero():
     g = gradients(0)
     g[2] = 0
-    decision, _ = AdaCons().explain(g)
-    assert decision.weights[2] == 0
-    assert (decision.weights[[0, 1, 3, 4]] > 0).all()
-    assert not decision.fallback.any()
+    remembering = AdaCons()
+    remembering(gradients(0))  # the momentum would have one for the next step's zero
+    for aggregator in (AdaCons(), remembering):
+        decision, _ = aggregator.explain(g)
+        assert decision.weights[2] == 0
+        assert (decision.weights[[0, 1, 3, 4]] > 0).all()
+        assert not decision.fallback.any()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -621,6 +625,22 @@ def test_weights_that_are_not_finite_fall_back():
     decision, rows = Harmonic().explain(g)
     assert decision.fallback.all()
     assert torch.allclose(decision.weights @ rows, g.mean(0))
+
+
+class Stumbling(Counting):
+    """Counts what it sees, and has no answer in its second step."""
+
+    def weigh(self, statistics, memory):
+        decision = super().weigh(statistics, dict(memory))
+        return replace(decision, weights=decision.weights + torch.where(memory["seen"] == 1, torch.inf, 0.0))
+
+
+def test_a_step_without_an_answer_leaves_no_memory():
+    stumbling = Stumbling()
+    for seen in (1.0, 1.0):
+        decision, _ = stumbling.explain(gradients(0))
+        assert decision.memory["seen"].tolist() == [seen] * 5
+    assert decision.memory["fallbacks"].tolist() == [1.0]
 
 
 def test_an_aggregator_without_weights_says_so():

@@ -143,7 +143,9 @@ class TestFunctions:
         cluster.run(where_am_i)
         # Two ranks, each with its watcher.
         mine = processes.marked(Job.SESSION)
-        assert len([pid for pid in mine if "harness.worker" in processes.describe({pid})]) >= 4
+        kinds = [processes.describe({pid}) for pid in mine]
+        assert len([kind for kind in kinds if "harness.worker" in kind]) >= 2
+        assert len([kind for kind in kinds if "harness.template" in kind]) == 2
         jobs = {line for pid in mine for line in environ(pid) if line.startswith("HARNESS_JOB=")}
         assert len(jobs) == 1
 
@@ -152,13 +154,30 @@ class TestFunctions:
             cluster.run(lambda: (number for number in range(3)))
 
 
-@pytest.mark.ranks(2, launcher="mpi", env={"HARNESS_TEST_COLOUR": "green"})
+@pytest.mark.ranks(2, launcher="mpi", env={"HARNESS_TEST_COLOUR": "green"}, pool="nothing imported")
 def test_environment_of_the_mark_reaches_the_ranks(cluster: Cluster) -> None:
     assert cluster.run(lambda: os.environ["HARNESS_TEST_COLOUR"]) == ["green", "green"]
     assert cluster.run(lambda: os.environ["OMP_NUM_THREADS"]) == ["1", "1"]
 
 
-@pytest.mark.ranks(2, launcher="mpi")
+@pytest.mark.ranks(4, launcher="mpi")
+def test_ranks_are_forked_from_two_templates_and_differ(cluster: Cluster) -> None:
+    def drawn() -> tuple[list[str], int, float, float, str]:
+        import random
+
+        import numpy
+
+        loaded = sorted({"torch", "horovod", "tensorflow"} & set(sys.modules))
+        return loaded, hash("text"), random.random(), numpy.random.rand(), os.environ["TMPDIR"]
+
+    loaded, hashes, ours, theirs, folders = zip(*cluster.run(drawn), strict=True)
+    assert list(loaded) == [["horovod", "torch"]] * 4
+    assert len(set(hashes)) == 2
+    assert len(set(ours)) == len(set(theirs)) == 4
+    assert len(set(folders)) == 1
+
+
+@pytest.mark.ranks(2, launcher="mpi", pool="nothing imported")
 def test_a_pool_imports_no_framework(cluster: Cluster) -> None:
     def loaded() -> list[str]:
         return sorted({"torch", "tensorflow", "horovod", "numpy"} & set(sys.modules))
@@ -400,7 +419,7 @@ def pytest_on(folder: Path, source: str, *options: str) -> tuple[subprocess.Pope
 INNER = """
 import time, pathlib, pytest
 
-@pytest.mark.ranks(3, launcher={launcher!r})
+@pytest.mark.ranks(3, launcher={launcher!r}, pool={pool!r})
 def test_hang(cluster):
     def body():
         pathlib.Path({flag!r}).touch()
@@ -413,7 +432,9 @@ def test_hang(cluster):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
 def test_a_killed_pytest_leaves_nothing(tmp_path: Path, launcher: str, number: signal.Signals) -> None:
     flag = tmp_path / "flag"
-    process, mark = pytest_on(tmp_path, INNER.format(launcher=launcher, flag=str(flag)))
+    # Ranks that are forked from a template, and ranks that are not.
+    pool = "" if number == signal.SIGKILL else "nothing imported"
+    process, mark = pytest_on(tmp_path, INNER.format(launcher=launcher, flag=str(flag), pool=pool))
     try:
         assert processes.wait_until(flag.exists, 60), (tmp_path / "output").read_text()
         assert len(processes.marked(mark)) >= 1 + 1 + 2 * 3
@@ -457,6 +478,44 @@ def test_a(cluster): pass
     process, _ = pytest_on(tmp_path, wrong, "--collect-only", "-q")
     assert process.wait(60) != 0
     assert "leaves ('gloo', 4) for the soak, which is not among its processes" in (tmp_path / "output").read_text()
+
+
+def test_two_streams(tmp_path: Path) -> None:
+    """Both run tests, at a time, and what happens in either is told in one output."""
+    source = """
+import os, pathlib, time
+def test_meets_the_other():
+    pathlib.Path({mine!r}).touch()
+    until = time.monotonic() + 30
+    while not pathlib.Path({other!r}).exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+def test_fails():
+    print("printed by", {mine!r})
+    assert {mine!r} == "nothing"
+"""
+    files = [str(tmp_path / name) for name in ("here", "there")]
+    (tmp_path / "test_another.py").write_text(source.format(mine=files[0], other=files[1]))
+    process, _ = pytest_on(tmp_path, source.format(mine=files[1], other=files[0]), "--streams", "2")
+    assert process.wait(60) == 1
+    output = (tmp_path / "output").read_text()
+    assert "2 failed, 2 passed" in output
+    assert all(output.count(f"printed by {file}") == 1 for file in files)
+
+
+def test_a_second_stream_that_dies_is_noticed(tmp_path: Path) -> None:
+    flag = str(tmp_path / "flag")
+    # The second stream begins with this one, while the first one is kept from it by the last; what is between is taken
+    # beforehand.
+    (tmp_path / "test_at_first.py").write_text(
+        f"import os, pathlib\ndef test_dies():\n    pathlib.Path({flag!r}).touch()\n    os._exit(0)\n"
+    )
+    (tmp_path / "test_last.py").write_text(
+        f"import pathlib\ndef test_waits():\n    while not pathlib.Path({flag!r}).exists():\n        pass\n"
+    )
+    process, _ = pytest_on(tmp_path, "def test_between(): pass", "--streams", "2")
+    assert process.wait(60) == pytest.ExitCode.INTERNAL_ERROR
+    assert "came to an end in test_at_first.py::test_dies" in (tmp_path / "output").read_text()
 
 
 # --- tests/mpi: mpirun -np N python -m pytest

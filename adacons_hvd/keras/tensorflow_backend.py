@@ -76,8 +76,7 @@ class _Exchange(Reducer):
         sums = self._add(gradients, variables)
 
         def finish() -> tf.Tensor:
-            apply(_values(sums))
-            self._begin(sums)
+            apply(self._take(sums))
             return tf.constant(0)
 
         def wait() -> tf.Tensor:
@@ -100,8 +99,7 @@ class _Exchange(Reducer):
         known = [i for i, total in enumerate(sums) if total is not None]
 
         def finished() -> list[tf.Tensor]:
-            results = finish(_values(sums))
-            self._begin(sums)
+            results = finish(self._take(sums))
             known[:] = [i for i, result in enumerate(results) if result is not None]
             return [tf.convert_to_tensor(results[i]) for i in known]
 
@@ -131,12 +129,14 @@ class _Exchange(Reducer):
         self.count.assign_add(1)
         return sums
 
-    def _begin(self, sums: Sequence[tf.Variable | None]) -> None:
-        """Begin new sums."""
+    def _take(self, sums: Sequence[tf.Variable | None]) -> list[tf.Tensor | None]:
+        """The sums; new ones begin, whatever becomes of these."""
+        values = _values(sums)
         for total in sums:
             if total is not None:
                 total.assign(tf.zeros_like(total))
         self.count.assign(0)
+        return values
 
     def stray(self, how: str, variables: Sequence[Any] = ()) -> None:
         """Tell the other ranks of a step along gradients that were never aggregated, and raise the error on all."""

@@ -29,7 +29,7 @@ What a test says about its cluster
 - `soak`, numbers by launcher, as in {"gloo": (2, 4)}: those of them that only `make soak` runs.
 - `env`, environment of the ranks on top of `launchers.environment`.
 - `pool`, any word: tests that use another word do not share processes. Say pool="tensorflow" where TensorFlow is used,
-  so that no process loads both frameworks.
+  so that no process loads both frameworks. By the word ranks find imported what they need, see `launchers.IMPORTED`.
 
 `time_limit` is the hard limit in seconds of each `run` or `script` (default 120); `run(..., timeout=)` overrides it.
 Both marks may stand on a test, a class or a module (`pytestmark`).
@@ -49,10 +49,14 @@ What `fn` can use, on every launcher: `harness.rank()`, `harness.size()`, `harne
 `harness.horovod_torch()`, `harness.horovod_tensorflow()`, `harness.horovod_keras()`. Under "mpi"
 `mpi4py.MPI.COMM_WORLD` is ready to use.
 
-Processes are reused. Importing a framework takes seconds, so the ranks stay up for the next test that wants the same
-launcher, number, environment and word, and tests are sorted to make that the common case; at most one such pool is
-alive. So a function must leave no collective in flight, and one that leaves other traces (hvd.shutdown(), a changed
-default dtype, a process set) asks for `fresh=True`: new processes, ended afterwards.
+Processes are reused. The ranks stay up for the next test that wants the same launcher, number, environment and word,
+and tests are sorted to make that the common case; at most one such pool is alive. So a function must leave no
+collective in flight, and one that leaves other traces (hvd.shutdown(), a changed default dtype, a process set) asks for
+`fresh=True`: new processes, ended afterwards. Importing a framework takes seconds, so ranks are forked from a process
+that has done it (`template.py`); scripts import by themselves, as users' do.
+
+With `--streams 2`, as in `make test`, two pytest processes share the tests, each with a pool of its own (`streams.py`):
+while one waits for processes to start or for a network, the other's tests run.
 
 When something goes wrong `run` raises `ClusterError`: a rank raised, left (`sys.exit`, `os._exit`), was killed, or was
 still running at the limit. After the first failure the others get 5 seconds. The message shows who failed first, each

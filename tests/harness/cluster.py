@@ -17,8 +17,9 @@ import cloudpickle
 
 from harness import processes
 from harness.errors import ClusterError
-from harness.launchers import LAUNCHERS
+from harness.launchers import IMPORTED, LAUNCHERS, environment
 from harness.pool import START, Job, Pool, Spec, section
+from harness.template import Template
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -44,12 +45,15 @@ class ScriptResult:
 
 
 class Pools:
-    """The one pool that may be alive, and the folders of all that were."""
+    """The one pool that may be alive, the folders of all that were, and what their ranks are forked from."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = itertools.count()
         self._pool: Pool | None = None
+        #: The templates of the last pool that had some, and what they are for.
+        self._templates: list[Template] = []
+        self._imported: object = None
 
     def folder(self, spec: Spec) -> Path:
         """A new folder for a job's output."""
@@ -63,7 +67,26 @@ class Pools:
             pool, self._pool = self._pool, None
             return pool
         self.close()
-        return Pool(spec, self.folder(spec))
+        return Pool(spec, self.folder(spec), self._templates_for(spec))
+
+    def _templates_for(self, spec: Spec) -> list[str]:
+        """The addresses of the two templates of such a pool's ranks; none if these are to import by themselves."""
+        launcher = LAUNCHERS[spec.launcher]
+        modules = IMPORTED.get(spec.word, ()) if spec.word else launcher.imported
+        if not modules:
+            return []
+        if self._imported != (modules, spec.env):
+            # Tests are sorted, so what came before is not needed any more, and it takes memory.
+            self._close_templates()
+            env = environment(launcher, self._folder, dict(spec.env))
+            self._templates = [Template(modules, self._folder, env) for _ in range(2)]
+            self._imported = modules, spec.env
+        return [template.address for template in self._templates]
+
+    def _close_templates(self) -> None:
+        while self._templates:
+            self._templates.pop().close()
+        self._imported = None
 
     def keep(self, pool: Pool) -> None:
         """Let the next user have this pool."""
@@ -74,6 +97,11 @@ class Pools:
         pool, self._pool = self._pool, None
         if pool:
             pool.close()
+
+    def end(self) -> None:
+        """End the pool, and the templates."""
+        self.close()
+        self._close_templates()
 
 
 class Cluster:

@@ -22,6 +22,8 @@ class Launcher:
     command: Callable[[int], list[str]]
     rank_variable: str
     env: Mapping[str, str] = field(default_factory=dict)
+    #: What ranks find imported in a pool without a word.
+    imported: tuple[str, ...] = ("torch._dynamo", "adacons_hvd.torch")
 
 
 def program(name: str) -> str:
@@ -92,7 +94,14 @@ LAUNCHERS: dict[str, Launcher] = {
     "gloo": Launcher(_horovodrun, "HOROVOD_RANK", _GLOO),
     "mpi-hosts": Launcher(_mpirun_on_hosts, "OMPI_COMM_WORLD_RANK", _MPI),
     "gloo-hosts": Launcher(_horovodrun_on_hosts, "HOROVOD_RANK", _GLOO),
-    "torchrun": Launcher(_torchrun, "RANK"),
+    "torchrun": Launcher(_torchrun, "RANK", imported=("torch._dynamo", "adacons_hvd.ddp", "adacons_hvd.fsdp")),
+}
+
+#: What ranks find imported in a pool with a word; nothing where it is another word.
+IMPORTED = {
+    "tensorflow": ("keras", "adacons_hvd.tensorflow.keras"),
+    "tf_keras": ("tf_keras", "adacons_hvd.tensorflow.keras"),
+    "keras-torch": ("torch._dynamo", "keras", "adacons_hvd.keras"),
 }
 
 DEFAULTS = {

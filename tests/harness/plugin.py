@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from harness import streams
 from harness.cluster import Cluster, Pools, check_nothing_left
 from harness.launchers import LAUNCHERS
 from harness.pool import Spec
@@ -18,6 +19,10 @@ TIME_LIMIT = 120.0
 def under_mpi() -> bool:
     """Whether mpirun started this very process."""
     return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--streams", type=int, choices=(1, 2), default=1, help="2: run tests in two processes at a time")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,20 +74,34 @@ def spec_of(item: pytest.Item) -> Spec | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without a cluster first, then those that can share a pool together."""
+    """Tests without a cluster first, then those that can share a pool together; under mpirun last.
+
+    Of two streams one begins at either end. Ranks under mpirun use up what they do not need while they wait for each
+    other, so they run beside tests of one process.
+    """
 
     def key(item: pytest.Item) -> tuple[Any, ...]:
         spec = spec_of(item)
-        return (1, spec.launcher, spec.word, spec.env, spec.ranks) if spec else (0,)
+        return (1, spec.launcher.startswith("mpi"), spec.launcher, spec.word, spec.env, spec.ranks) if spec else (0,)
 
     items.sort(key=key)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Run tests in two streams, if that was asked for."""
+    config = session.config
+    if config.getoption("streams") == 1 or config.option.collectonly or session.testsfailed or under_mpi():
+        return None
+    streams.run(session, lambda item: spec_of(item) or item.path)
+    return True
 
 
 @pytest.fixture(scope="session")
 def cluster_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
     pools = Pools(tmp_path_factory.mktemp("cluster"))
     yield pools
-    pools.close()
+    pools.end()
     check_nothing_left()
 
 

@@ -110,7 +110,7 @@ class Rank:
 class Pool(Job):
     """Ranks that run one function after the other."""
 
-    def __init__(self, spec: Spec, folder: Path) -> None:
+    def __init__(self, spec: Spec, folder: Path, templates: Sequence[str] = ()) -> None:
         self.ranks: list[Rank] = []
         # Where each output file ended before the current function.
         self.before: dict[Path, int] = {}
@@ -120,7 +120,7 @@ class Pool(Job):
             listener.bind(address)
             listener.listen(2 * spec.ranks)
             variable = LAUNCHERS[spec.launcher].rank_variable
-            arguments = [address, variable, str(spec.ranks), spec.launcher, str(folder)]
+            arguments = [address, variable, str(spec.ranks), spec.launcher, str(folder), *templates]
             super().__init__(spec, folder, [sys.executable, "-m", "harness.worker", *arguments])
             try:
                 self.ranks = self._meet(listener)

@@ -1,10 +1,11 @@
 """A rank of a pool: runs the functions the test process sends, one after the other.
 
-    python -m harness.worker ADDRESS RANK_VARIABLE SIZE LAUNCHER FOLDER
+    python -m harness.worker ADDRESS RANK_VARIABLE SIZE LAUNCHER FOLDER [TEMPLATE ...]
 
-The launched process forks at once. The child runs the functions. The parent only watches: it tells the test process
-how the child ended (a killed process cannot), ends the way the child did so that the launcher sees it too, and kills
-the child when the test process goes away, even while the child hangs in a collective.
+The launched process has another one made, which runs the functions: by a fork of its own, or of a template (see
+:mod:`harness.template`). It only watches itself: it tells the test process how the other ended (a killed process
+cannot), ends the way that one did so that the launcher sees it too, and kills it when the test process goes away, even
+while it hangs in a collective.
 """
 
 from __future__ import annotations
@@ -17,50 +18,74 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
 import cloudpickle
 
-from harness import inside
+from harness import inside, template
 from harness.start import die_with_parent, keep_output
 
 
 def main() -> None:
-    address, variable, size, launcher, folder = sys.argv[1:]
+    address, variable, size, launcher, folder, *templates = sys.argv[1:]
     rank = int(os.environ[variable])
     die_with_parent(signal.SIGKILL)
     keep_output(Path(folder), rank)
-    child = os.fork()
-    if child:
-        watch(child, rank, address)
-    die_with_parent(signal.SIGKILL)
+    arguments = [address, str(rank), size, launcher, folder]
+    if templates:
+        # Not all from the same, so that ranks differ in what Python draws when it starts: addresses, hashes of texts.
+        how_it_ends = template.ask(templates[rank % len(templates)], arguments).recv
+    else:
+        child = os.fork()
+        if not child:
+            die_with_parent(signal.SIGKILL)
+            work(*arguments)
+            return
+
+        def how_it_ends() -> int:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    watch(how_it_ends, rank, address)
+
+
+def work(address: str, rank: str, size: str, launcher: str, folder: str) -> None:
+    """Run the functions that the test process sends, until it sends no more."""
     # On this signal the stack of every thread goes to a file: where a rank hangs.
     stacks = (Path(folder) / f"rank{rank}.stack").open("w")
     faulthandler.register(signal.SIGUSR1, stacks)
     if launcher == "mpi":
         # Before Horovod, so that MPI is always initialised the same way: by mpi4py, with THREAD_MULTIPLE.
         import mpi4py.MPI  # noqa: F401
+
+        # While one rank waits for another it keeps its processor busy, which another stream of tests has a use for.
+        os.nice(10)
     connection = Client(address, "AF_UNIX")
-    connection.send(("worker", rank, os.getpid()))
+    connection.send(("worker", int(rank), os.getpid()))
     exchange = over_mpi if launcher == "mpi" else OverConnection(connection)
-    inside.enter(inside.Place(rank, int(size), launcher, exchange))
+    inside.enter(inside.Place(int(rank), int(size), launcher, exchange))
     serve(connection)
 
 
-def watch(child: int, rank: int, address: str) -> NoReturn:
+def watch(how_it_ends: Callable[[], int], rank: int, address: str) -> NoReturn:
+    """Tell the test process how the worker ends, and end in the same way."""
     connection = Client(address, "AF_UNIX")
     connection.send(("watcher", rank, os.getpid()))
 
-    def kill_child_when_test_process_ends() -> None:
+    def end_when_test_process_ends() -> None:
         try:
             connection.recv()
         except (EOFError, OSError):
-            os.kill(child, signal.SIGKILL)
+            # The worker is killed with its watcher.
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=kill_child_when_test_process_ends, daemon=True).start()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    threading.Thread(target=end_when_test_process_ends, daemon=True).start()
+    try:
+        code = how_it_ends()
+    except EOFError:  # the template is gone, and so is the worker
+        code = -signal.SIGKILL
     with contextlib.suppress(OSError):  # The test process ended first, then.
         connection.send(code)
     if code < 0:

@@ -289,16 +289,12 @@ def disagree(difference: str) -> str:
         options["aggregator"] = AdaCons(momentum=0.5)
     if odd and difference == "no aggregator":
         options["aggregator"] = None
-    if odd and difference == "schedule":
-        options["schedule"] = "gather"
-    if odd and difference == "granularity":
-        options["granularity"] = "layer"
     if odd and difference == "model":
         model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4), keras.layers.Dense(1)])
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), **options)
     if odd and difference == "loss scaling":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    model.compile(optimizer, loss="mse", run_eagerly=difference == "granularity")
+    model.compile(optimizer, loss="mse", run_eagerly=difference == "aggregator")
     with pytest.raises(DisagreementError) as caught:
         model.fit(*data(16), batch_size=8, verbose=0)
     return str(caught.value)
@@ -314,7 +310,8 @@ def assert_one_error(messages: list[str], difference: str) -> None:
     assert "rank 1" in first
 
 
-DIFFERENCES = ["aggregator", "no aggregator", "schedule", "granularity", "model"]
+# About other settings, see `tests/conformance`.
+DIFFERENCES = ["aggregator", "no aggregator", "model"]
 
 
 @pytest.mark.parametrize("difference", [*DIFFERENCES, "loss scaling"])

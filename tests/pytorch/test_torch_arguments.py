@@ -112,18 +112,6 @@ def test_a_compressor_of_ones_own_is_applied_and_undone(cluster):
     cluster.run(case)
 
 
-def test_backward_passes_per_step_add_up_before_they_are_sent(cluster):
-    cluster.run(lambda: run_case(passes=3, backward_passes_per_step=3) and None)
-
-
-def test_fewer_or_more_backward_passes_than_announced_are_no_loss(cluster):
-    def case():
-        run_case(passes=1, backward_passes_per_step=2, schedule="two-pass")
-        run_case(passes=3, backward_passes_per_step=2, schedule="two-pass")
-
-    cluster.run(case)
-
-
 def test_nothing_leaves_before_the_announced_passes(cluster):
     def case():
         from torch_job import Batches, loss_of, network
@@ -145,19 +133,6 @@ def test_nothing_leaves_before_the_announced_passes(cluster):
         return before, after, at_once
 
     assert cluster.run(case) == [([False], [True], [True])] * 3
-
-
-@pytest.mark.parametrize("schedule", ["two-pass", "one-pass", "gather"])
-def test_gradient_predivide_factor_changes_no_result(cluster, schedule):
-    def case():
-        from adacons_hvd import AdaCons
-
-        # Without Eq. 13 a factor that is not undone shows in the result.
-        settings = {"normalize": False}
-        aggregator = AdaCons(**settings)
-        run_case(settings=settings, aggregator=aggregator, gradient_predivide_factor=4.0, schedule=schedule)
-
-    cluster.run(case)
 
 
 def test_gradient_predivide_factor_protects_sums_from_overflow(cluster):
@@ -213,25 +188,6 @@ def test_num_groups_is_the_old_name(cluster):
         return optimizer._reducer.settings.groups
 
     assert cluster.run(case) == [3] * 3
-
-
-@pytest.mark.parametrize("schedule", ["two-pass", "one-pass", "gather"])
-def test_granularity_as_lists_of_parameters(cluster, schedule):
-    def case():
-        from torch_job import Batches, compare, loss_of, network
-
-        model, batches = network(), Batches()
-        parameters = list(model.parameters())
-        optimizer = wrapped(model, granularity=[parameters[4:], [parameters[0]]], schedule=schedule)
-        compare(
-            optimizer,
-            parameters,
-            lambda _: loss_of(model, batches).backward(),
-            groups=[[4, 5], [0], [1, 2, 3]],
-        )
-        return [len(row) for row in optimizer.report.weights]
-
-    assert cluster.run(case) == [[3, 3, 3]] * 3
 
 
 @pytest.mark.ranks(4, launcher=("mpi", "gloo"), env=PROCESS_SETS)

@@ -34,23 +34,6 @@ def noise(step, *shape):
     return torch.randn(*shape, generator=ours) + 0.5 * torch.randn(*shape, generator=mine)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_frozen_parameters_stay_out(cluster, schedule):
-    def case():
-        from torch_job import Batches, compare, loss_of, network
-
-        model, batches = network(), Batches()
-        parameters = list(model.parameters())
-        parameters[2].requires_grad_(False)
-        frozen = parameters[2].detach().clone()
-        optimizer = wrapped(parameters, schedule=schedule)
-        compare(optimizer, parameters, lambda _: loss_of(model, batches).backward())
-        assert parameters[2].grad is None
-        assert (parameters[2] == frozen).all()
-
-    cluster.run(case)
-
-
 def test_requires_grad_toggled_during_training(cluster):
     def case():
         from torch_job import Batches, compare, loss_of, network
@@ -80,47 +63,6 @@ def test_requires_grad_toggled_during_training(cluster):
     assert cluster.run(case) == [expected] * 3
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_parameters_without_a_gradient_on_some_ranks_or_in_some_steps(cluster, schedule):
-    def case():
-        import harness
-        import torch
-        from torch_job import compare
-
-        a, b, c = (torch.nn.Parameter(torch.ones(5)) for _ in range(3))
-
-        def backward(step):
-            loss = (a * noise(step, 5)).sum()
-            if (step + harness.rank()) % 2:  # on some ranks
-                loss = loss + (b * noise(step + 50, 5)).sum()
-            if step % 2:  # in some steps
-                loss = loss + (c * noise(step + 90, 5)).sum()
-            loss.backward()
-
-        compare(wrapped([a, b, c], schedule=schedule), [a, b, c], backward)
-
-    cluster.run(case)
-
-
-@pytest.mark.parametrize("granularity", ["model", "layer"])
-def test_a_rank_with_no_gradient_at_all(cluster, granularity):
-    def case():
-        import harness
-        import torch
-        from torch_job import compare
-
-        a, b = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(3))
-
-        def backward(step):
-            scale = 0.0 if harness.rank() == 1 else 1.0
-            ((a * noise(step, 4)).sum() + (b * noise(step + 9, 3)).sum()).mul(scale).backward()
-
-        groups = [[0, 1]] if granularity == "model" else [[0], [1]]
-        compare(wrapped([a, b], granularity=granularity), [a, b], backward, groups=groups)
-
-    cluster.run(case)
-
-
 def test_tied_weights_and_a_parameter_used_twice(cluster):
     def case():
         import torch
@@ -141,25 +83,6 @@ def test_tied_weights_and_a_parameter_used_twice(cluster):
         parameters = list(model.parameters())
         assert len(parameters) == 2
         compare(wrapped(parameters, schedule="one-pass"), parameters, backward)
-
-    cluster.run(case)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_empty_and_zero_dimensional_parameters(cluster, schedule):
-    def case():
-        import torch
-        from torch_job import compare
-
-        empty = torch.nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))  # alone of its type
-        scalar = torch.nn.Parameter(torch.tensor(2.0))
-        vector = torch.nn.Parameter(torch.ones(3))
-
-        def backward(step):
-            (empty.sum() + scalar * noise(step, 1)[0] + (vector * noise(step + 7, 3)).sum()).backward()
-
-        parameters = [empty, scalar, vector]
-        compare(wrapped(parameters, schedule=schedule), parameters, backward)
 
     cluster.run(case)
 
@@ -243,40 +166,6 @@ def test_channels_last_and_other_strides(cluster):
     assert strides[0] != strides[1]
 
 
-@pytest.mark.ranks(3, launcher=("mpi", "gloo"))
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("granularity", ["model", "layer"])
-def test_sparse_embeddings(cluster, schedule, granularity):
-    """Repeated rows, rows of one rank only, ranks and steps without any."""
-
-    def case():
-        import harness
-        import torch
-        from torch_job import compare
-
-        torch.manual_seed(0)
-        table = torch.nn.Embedding(50, 4, sparse=True)
-        dense = torch.nn.Linear(4, 1)
-        parameters = [table.weight, *dense.parameters()]
-
-        def backward(step):
-            generator = torch.Generator().manual_seed(10 * step + harness.rank())
-            rows = torch.randint(0, 30, (12,), generator=generator)
-            rows = torch.cat([rows, rows[:4], torch.tensor([7, 7])])
-            if step == 4 or (step == 2 and harness.rank() == 0):  # nothing, from anyone or from this rank
-                dense(noise(step, 3, 4)).sum().backward()
-            else:
-                (dense(table(rows)) - 3).square().mean().backward()
-
-        optimizer = wrapped(parameters, schedule=schedule, granularity=granularity)
-        groups = [[0], [1], [2]] if granularity == "layer" else [[0, 1, 2]]
-        compare(optimizer, parameters, backward, groups=groups)
-        assert table.weight.grad.is_sparse
-        return table.weight.grad._nnz()
-
-    assert all(rows < 50 for rows in cluster.run(case))
-
-
 def test_sparse_as_dense(cluster):
     def case():
         import harness
@@ -295,27 +184,6 @@ def test_sparse_as_dense(cluster):
         return type(optimizer._reducer._packings[0]).__name__, table.weight.grad.is_sparse
 
     assert cluster.run(case) == [("DensePacking", True)] * 3
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_complex_parameters(cluster, schedule):
-    def case():
-        import torch
-        from torch_job import compare
-
-        a = torch.nn.Parameter(torch.ones(6, dtype=torch.complex64))
-        b = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.complex128))
-        c = torch.nn.Parameter(torch.ones(3))
-
-        def backward(step):
-            w = torch.complex(noise(step, 6), noise(step + 9, 6))
-            v = torch.complex(noise(step + 3, 2, 2), noise(step + 5, 2, 2)).to(torch.complex128)
-            loss = (a * w).abs().sum() + (b + v).abs().square().sum() + (c * noise(step, 3)).sum()
-            loss.backward()
-
-        compare(wrapped([a, b, c], schedule=schedule), [a, b, c], backward)
-
-    cluster.run(case)
 
 
 def test_ten_thousand_tensors_and_one(cluster):

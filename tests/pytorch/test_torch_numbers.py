@@ -1,66 +1,12 @@
-"""Numbers that go wrong, under every policy: the step does as documented, and training goes on."""
+"""Numbers at the ends of what can be computed with: the step does as documented, and training goes on."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
-import random_cases
 
 pytestmark = [pytest.mark.ranks(3, launcher="mpi"), pytest.mark.time_limit(120)]
 
 SCHEDULES = ["two-pass", "one-pass", "gather"]
-
-
-def plain_case(**changes):
-    """A case in which nothing happens: two float32 parameters, five steps."""
-    case = random_cases.Case(
-        seed=1,
-        shapes=[(64,), (3, 5)],
-        types=["float32", "float32"],
-        sparse=[],
-        aggregator={"momentum": 0.9, "normalize": True, "scale": "unit"},
-        nonfinite="propagate",
-        options={"schedule": "one-pass", "bucket_bytes": 64},
-        granularity="model",
-        groups=None,
-        fp16=False,
-        optimizer="SGD",
-        passes=1,
-        steps=[5, 5, 5],
-        poison=[],
-        missing=[],
-        frozen={},
-        sizes=[1.0, 0.5, 2.0],
-    )
-    return dataclasses.replace(case, **changes)
-
-
-def poisoned_cases():
-    """NaN and infinity, on one rank and on all, in one tensor, for one step and from then on."""
-    for schedule in SCHEDULES:
-        for nonfinite in ("propagate", "exclude", "raise"):
-            for value in (float("nan"), float("inf")):
-                for ranks in ([1], [0, 1, 2]):
-                    for steps in ([2], [2, 3, 4]):
-                        yield plain_case(
-                            nonfinite=nonfinite,
-                            options={"schedule": schedule, "bucket_bytes": 64},
-                            granularity="layer" if value > 0 else "model",
-                            poison=[(step, rank, 1, value) for step in steps for rank in ranks],
-                        )
-
-
-def test_values_that_are_not_finite(cluster):
-    def case():
-        import adacons_hvd.torch as hvd
-
-        hvd.init()
-        met = [random_cases.run(case) for case in poisoned_cases()]
-        return sum(one["bad gradients"] for one in met), sum(one["errors as documented"] for one in met)
-
-    # 72 cases: with 1 or 3 bad gradients in 1 or 3 steps; under "raise" each such step is an error.
-    assert cluster.run(case)[0] == (18 * (1 + 3 + 3 + 9), 24 // 2 * (1 + 3))
 
 
 def gradients_of(kind, rank):
@@ -104,9 +50,9 @@ def test_extreme_gradients(cluster):
     def case(kind, schedule):
         import harness
         import numpy as np
+        import oracle
         import torch
-        from random_cases import Judge, array
-        from torch_job import assert_equal_bits
+        from torch_job import array, assert_equal_bits
 
         import adacons_hvd.torch as hvd
         from adacons_hvd import AdaCons
@@ -119,7 +65,7 @@ def test_extreme_gradients(cluster):
         optimizer = hvd.DistributedOptimizer(
             torch.optim.SGD([weight], lr=0.0), aggregator=AdaCons(momentum=momentum), schedule=schedule
         )
-        judge = Judge(3, momentum, True, "unit")
+        judge = oracle.Judge(3, momentum, True, "unit")
         fell_back = []
         for step in range(5):
             optimizer.zero_grad()

@@ -445,48 +445,7 @@ def disagreement_of(optimizer):
 
 @pytest.mark.ranks(3, launcher=("mpi", "gloo"))
 class TestDisagreement:
-    """Found at the first step, and the same error on every rank."""
-
-    def test_about_settings(self, cluster):
-        cases = {
-            "aggregator=AdaCons(momentum=0.9)": "momentum=0.9, normalize=True",
-            "aggregator=AdaCons(scale='average')": "scale='average', nonfinite",
-            "aggregator=Mean()": "Mean(nonfinite='propagate') on rank 1",
-            "schedule='gather'": "schedule: auto on ranks 0, 2; gather on rank 1",
-            "granularity='layer'": "granularity: model on ranks 0, 2; layer on rank 1",
-            "groups=2": "groups: ",
-            "compression=hvd.Compression.fp16": "compression: NoneCompressor on ranks 0, 2",
-            "bucket_bytes=99": "bucket_bytes: ",
-            "sparse_as_dense=True": "sparse_as_dense: False on ranks 0, 2; True on rank 1",
-            "gradient_predivide_factor=2.0": "gradient_predivide_factor: 1.0 on ranks 0, 2; 2.0",
-            "aggregator=AdaCons(nonfinite='raise')": "nonfinite='raise') on rank 1",
-            "aggregator=AdaCons(normalize=False)": "normalize=False, scale='unit'",
-            "granularity=[parameters[:2]]": "granularity: model on ranks 0, 2; explicit groups on rank 1",
-            "groups=[parameters[:2]]": "groups: ",
-            "overlap=False": "overlap: True on ranks 0, 2; False on rank 1",
-            "grad_scaler=torch.amp.GradScaler('cpu')": "grad_scaler: False on ranks 0, 2; True on rank 1",
-        }
-
-        def case(arguments):
-            import torch
-            from torch_job import Batches, loss_of, network
-
-            import adacons_hvd.torch as hvd
-            from adacons_hvd import AdaCons, Mean
-
-            hvd.init()
-            model, batches = network(), Batches()
-            parameters = list(model.parameters())
-            scope = {"AdaCons": AdaCons, "Mean": Mean, "hvd": hvd, "parameters": parameters, "torch": torch}
-            own = eval(f"dict({arguments})", scope) if hvd.rank() == 1 else {}
-            optimizer = wrapped(model, **own)
-            loss_of(model, batches).backward()
-            return disagreement_of(optimizer)
-
-        for arguments, text in cases.items():
-            messages = cluster.run(case, arguments)
-            assert messages[0] == messages[1] == messages[2]
-            assert text in messages[0]
+    """Found at the first step, and the same error on every rank; about settings, see `tests/conformance`."""
 
     def test_about_parameters_and_versions(self, cluster):
         cases = {

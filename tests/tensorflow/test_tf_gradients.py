@@ -8,53 +8,6 @@ from harness.launchers import PROCESS_SETS
 pytestmark = [pytest.mark.ranks(3, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(100)]
 
 
-@pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
-def test_sparse_gradients(cluster, in_graph):
-    def sparse(in_graph: bool) -> int:
-        import numpy as np
-        import tensorflow as tf
-        from tf_job import array, assert_equal_bits, judge
-
-        import adacons_hvd.tensorflow as hvd
-        from adacons_hvd import AdaCons
-
-        hvd.init()
-        rank = hvd.rank()
-        count = 0
-        for options in ({"schedule": "one-pass"}, {"schedule": "gather"}, {"sparse_as_dense": True}):
-            rng = np.random.default_rng(5)
-            table = tf.Variable(rng.standard_normal((12, 4)).astype("f4"))
-            head = tf.Variable(rng.standard_normal((4, 1)).astype("f4"))
-            own = np.random.default_rng(rank)
-            aggregator = AdaCons(momentum=0.9)
-
-            def step(words, distributed=True):
-                with tf.GradientTape() as tape:
-                    # Repeated words; other words on other ranks; none at all on the last rank.
-                    rows = tf.gather(table, words) if rank < 2 else tf.ones((5, 4))  # noqa: B023
-                    loss = tf.reduce_mean(tf.square(tf.matmul(rows, head) - 1.0))  # noqa: B023
-                if distributed:
-                    tape = hvd.DistributedGradientTape(tape, aggregator=aggregator, **options)  # noqa: B023
-                return tape.gradient(loss, [table, head])  # noqa: B023
-
-            function = tf.function(step) if in_graph else step
-            raw, found = [], []
-            for _ in range(4):
-                words = tf.constant(own.integers(3 * rank, 3 * rank + 4, 5 + (rank == 0)))
-                raw.append([array(g, v) for g, v in zip(step(words, False), [table, head], strict=True)])
-                gradients = function(words)
-                assert isinstance(gradients[0], tf.IndexedSlices) == ("sparse_as_dense" not in options)
-                found.append([array(g, v) for g, v in zip(gradients, [table, head], strict=True)])
-                table.scatter_sub(gradients[0]) if "schedule" in options else table.assign_sub(gradients[0])
-                head.assign_sub(0.1 * gradients[1])
-            judge(raw, found, momentum=0.9)
-            assert_equal_bits([table, head])
-            count += 1
-        return count
-
-    assert cluster.run(sparse, in_graph) == [3] * 3
-
-
 def test_local_sources_and_missing_gradients(cluster):
     def local() -> bool:
         import numpy as np
@@ -112,42 +65,6 @@ def test_a_gradient_that_one_rank_lacks(cluster, in_graph):
         return True
 
     assert cluster.run(lacking) == [True] * 3
-
-
-def test_gradients_that_are_not_finite(cluster):
-    def unwell() -> list:
-        import numpy as np
-        import tensorflow as tf
-
-        import adacons_hvd.tensorflow as hvd
-        from adacons_hvd import AdaCons
-
-        hvd.init()
-        rank = hvd.rank()
-        results = []
-        for policy in ("propagate", "exclude", "raise"):
-            aggregator = AdaCons(nonfinite=policy, scale="average")
-            weights = tf.Variable([1.0, 2.0])
-
-            @tf.function
-            def step(factor):
-                with tf.GradientTape() as tape:
-                    loss = tf.reduce_sum(weights) * factor  # noqa: B023
-                tape = hvd.DistributedGradientTape(tape, aggregator=aggregator)  # noqa: B023
-                return tape.gradient(loss, weights)  # noqa: B023
-
-            good = step(tf.constant(2.0)).numpy()
-            np.testing.assert_allclose(good, [2, 2], rtol=1e-6)
-            factor = tf.constant(np.inf if rank == 1 else 2.0, tf.float32)
-            if policy == "raise":
-                with pytest.raises(tf.errors.InvalidArgumentError) as caught:
-                    step(factor)
-                results.append("the gradient of rank 1 holds NaN" in str(caught.value))
-            else:
-                results.append(np.isfinite(step(factor).numpy()).all())
-        return results
-
-    assert cluster.run(unwell) == [[False, True, True]] * 3
 
 
 @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])

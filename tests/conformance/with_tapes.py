@@ -1,41 +1,49 @@
-"""The random jobs of `random_cases`, taken with TensorFlow's tapes. Runs on the ranks."""
+"""TensorFlow's tapes take cases: those of an odd seed in a graph, the others eagerly."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import cases
 import harness
 import numpy as np
-import random_cases
 import tensorflow as tf
-from random_cases import Case
+from cases import Case, Seen
 
 import adacons_hvd.tensorflow as hvd
 from adacons_hvd import AdaCons
+
+OPTIONS = ("schedule", "bucket_bytes", "sparse_as_dense", "gradient_predivide_factor")
+
+
+def fitting(case: Case) -> Case:
+    """Without passes, which a tape has not; and what it is asked about, and has a gradient for, is always the same."""
+    options = {name: case.options[name] for name in OPTIONS if name in case.options}
+    return replace(case, options=options, passes=1, missing=_missing_always(case), frozen={}, optimizer="SGD")
 
 
 def run(case: Case) -> Counter[str]:
     """Train, compare, and count what was met."""
     hvd.init()
     me = harness.rank()
-    # A tape has no passes, and what it is asked about, and has a gradient for, is the same in every step.
-    case = replace(case, passes=1, missing=_missing_always(case), frozen={})
     used = [i for i in range(len(case.shapes)) if (0, me, i) not in case.missing]
     variables = [tf.Variable(tf.ones(s, k)) for s, k in zip(case.shapes, case.types, strict=True)]
 
-    names = ("schedule", "bucket_bytes", "sparse_as_dense", "gradient_predivide_factor")
     options = {
-        **{name: case.options[name] for name in names},
+        **case.options,
         "aggregator": AdaCons(**case.aggregator, nonfinite=case.nonfinite),
         "compression": hvd.Compression.fp16 if case.fp16 else hvd.Compression.none,
-        "granularity": random_cases.pick(case.granularity, variables),
-        "groups": random_cases.pick(case.groups, variables),
+        "granularity": cases.pick(case.granularity, variables),
+        "groups": cases.pick(case.groups, variables),
     }
 
     trained = [(i, variables[i]) for i in used]
+    wrapped: list[Any] = []
 
     def step(given: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         with tf.GradientTape(persistent=True) as tape:
@@ -43,7 +51,11 @@ def run(case: Case) -> Counter[str]:
             outputs = [tf.gather(v, _rows(v)) if i in case.sparse else tf.identity(v) for i, v in trained]
         own = tape.gradient(outputs, variables, given)
         tape = hvd.DistributedGradientTape(tape, **options)
+        wrapped[:] = [tape]
         found = tape.gradient(outputs, variables, given)
+        for i, _ in trained:
+            few_rows = i in case.sparse and not case.options.get("sparse_as_dense")
+            assert isinstance(found[i], tf.IndexedSlices) == few_rows
         own, found = (
             [tf.zeros_like(v) if g is None else tf.convert_to_tensor(g) for v, g in zip(variables, some, strict=True)]
             for some in (own, found)
@@ -53,26 +65,50 @@ def run(case: Case) -> Counter[str]:
         return own, found
 
     take = tf.function(step, autograph=False) if case.seed % 2 else step
-    raw, found = [], []
-    for number in range(case.steps[me]):
-        given = [_given(case, number, i) for i in used]
-        mine, theirs = _step_and_see(take, given)
-        # What was sent, also where the step ended with an error.
-        if mine is None:
-            mine = [_array(tf.zeros_like(v)) for v in variables]
-            for i, value in zip(used, given, strict=True):
-                mine[i] = _raw(case, i, value)
-        raw.append(mine)
-        found.append(theirs)
-    hvd.join()
-    return random_cases.judged(case, raw, found, [_array(v) for v in variables], hvd.TapeState().state_dict())
+    raw, seen = {}, {}
+    for epoch in case.times(me):
+        for number in epoch:
+            given = [_given(case, number, i) for i in used]
+            mine, theirs = _step_and_see(take, given)
+            # What was sent, also where the step ended with an error.
+            if mine is None:
+                mine = [_array(tf.zeros_like(v)) for v in variables]
+                for i, value in zip(used, given, strict=True):
+                    mine[i] = _raw(case, i, value)
+            raw[number] = mine
+            seen[number] = Seen(theirs) if isinstance(theirs, str) else Seen.of(theirs, wrapped[0].report)
+        hvd.join()
+        if case.epochs > 1:
+            hvd.broadcast_variables(variables, root_rank=case.last_to_join)
+    return cases.judged(case, raw, seen, [_array(v) for v in variables], hvd.TapeState().state_dict())
+
+
+#: The arguments of which ranks may disagree.
+ARGUMENTS = {"aggregator", "granularity", "groups", "compression", "check_replicas", *OPTIONS}
+FP16 = hvd.Compression.fp16
+
+_turns = itertools.count()
+
+
+def first_step(options: Callable[[list[Any]], dict[str, Any]]) -> None:
+    """A step with these options, which are told of the variables: in a graph, eagerly, in a graph, ..."""
+    hvd.init()
+    variables = [tf.Variable(tf.ones(3)), tf.Variable(tf.ones((2, 2)))]
+    given = options(variables)
+
+    def step() -> None:
+        with tf.GradientTape() as tape:
+            loss = tf.add_n([tf.reduce_sum(v) for v in variables])
+        hvd.DistributedGradientTape(tape, **given).gradient(loss, variables)
+
+    (tf.function(step) if next(_turns) % 2 == 0 else step)()
 
 
 def _missing_always(case: Case) -> list[tuple[int, int, int]]:
     """Gradients that are missing in every step, but not all of a rank's."""
     pairs = {(rank, number) for _, rank, number in case.missing}
     few = [pair for pair in sorted(pairs) if sum(rank == pair[0] for rank, _ in pairs) < len(case.shapes)]
-    return [(step, *pair) for step in range(max(case.steps)) for pair in few]
+    return [(step, *pair) for step in range(case.epochs * max(case.steps)) for pair in few]
 
 
 def _rows(variable: tf.Variable) -> tf.Tensor:
@@ -81,7 +117,7 @@ def _rows(variable: tf.Variable) -> tf.Tensor:
 
 def _given(case: Case, step: int, number: int) -> tf.Tensor:
     """The gradient of what a variable is used for."""
-    value = random_cases.gradient(case, step, 0, harness.rank(), number)
+    value = cases.gradient(case, step, 0, harness.rank(), number)
     assert value is not None
     if number in case.sparse:
         value = value[:-1].repeat_interleave(2, 0)

@@ -1,8 +1,13 @@
-"""Random training jobs, each drawn from a seed, beside the oracle. Runs on the ranks, but for `agree_with_the_oracle`.
+"""Training jobs beside the oracle: what every binding must do, written once. Runs on the ranks.
 
 A case is some parameters, some options, and for every step and rank some gradients, with things that go wrong: values
-that are not finite, gradients that are missing, layers that are frozen, ranks that run out of data and join. The same
-seed gives the same case on every rank and in every run, so `RANDOM_SEED=17 RANDOM_CASES=1` repeats what failed.
+that are not finite, gradients that are missing, layers that are frozen, ranks that run out of data and join. Cases are
+drawn from a seed (`test_random.py`) or have a name (`test_conformance.py`). The same seed gives the same case on every
+rank and in every run, so `RANDOM_SEED=17 RANDOM_CASES=1` repeats what failed.
+
+A binding takes part by one module. `fitting(case)` is the case without what the binding does not have. `run(case)`
+trains, and has :func:`judged` compare ranks and hold all of them against the oracle. `first_step(options)` takes a step
+in which ranks may disagree, about `ARGUMENTS`.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any
 
 import harness
 import numpy as np
+import oracle
 import torch
 
 SEED = int(os.environ.get("RANDOM_SEED", random.randrange(10**9)))
@@ -26,7 +32,14 @@ CASES = int(os.environ.get("RANDOM_CASES", "1000000"))
 SHAPES = [(), (1,), (7,), (3, 5), (64,), (2, 3, 4), (0, 3), (301,)]
 TYPES = ["float32"] * 6 + ["float64"] * 3 + ["float16", "bfloat16", "complex64"]
 # Of one rounding, relative to what is rounded.
-PRECISION = {"float64": 2.0**-23, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "complex64": 2.0**-23}
+PRECISION = {
+    "float64": 2.0**-23,
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    "complex64": 2.0**-23,
+    "complex128": 2.0**-23,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Case:
     optimizer: str
     #: How many backward passes there are in a step, whatever was announced.
     passes: int
-    #: How many steps each rank has data for.
+    #: How many steps each rank has data for, in each epoch.
     steps: list[int]
     #: (step, rank, parameter, value): what one gradient holds in one place.
     poison: list[tuple[int, int, int, float]]
@@ -58,6 +71,34 @@ class Case:
     frozen: dict[int, tuple[int, int]]
     #: Factors of the ranks' gradients.
     sizes: list[float]
+    #: After each epoch all ranks join; then their parameters are made equal, and they begin the next.
+    epochs: int = 1
+
+    @property
+    def last_to_join(self) -> int:
+        """The rank with the most steps in each epoch."""
+        return self.steps.index(max(self.steps))
+
+    def times(self, rank: int) -> list[range]:
+        """For each epoch the steps that this rank takes, numbered alike on all ranks."""
+        longest = max(self.steps)
+        return [range(epoch * longest, epoch * longest + self.steps[rank]) for epoch in range(self.epochs)]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank sees of a step: the aggregated gradients, or the error there was instead, and some of the report."""
+
+    gradients: list[np.ndarray] | str
+    schedule: str = ""
+    present: Sequence[bool] = ()
+
+    @classmethod
+    def of(cls, gradients: list[np.ndarray], report: Any) -> Seen:
+        if report is None:
+            return cls(gradients)
+        assert not any(w for w, here in zip(report.weights[0], report.present[0], strict=True) if not here)
+        return cls(gradients, report.schedule, tuple(report.present[0]))
 
 
 def draw(seed: int, workers: int, schedules: list[str]) -> Case:
@@ -145,141 +186,33 @@ def array(tensor: torch.Tensor | None, like: torch.Tensor) -> np.ndarray:
     return tensor.to(torch.float64).reshape(-1).numpy().copy()
 
 
-class Judge:
-    """The method for one group, in float64, where only some of N workers take part."""
-
-    def __init__(self, workers: int, momentum: float, normalize: bool, scale: str) -> None:
-        self.workers, self.beta, self.normalize, self.scale = workers, momentum, normalize, scale
-        self.m: np.ndarray | None = None
-        #: How far a single-precision result may be off, in units of one rounding.
-        self.slack = 0.0
-        #: Whether a rounding may decide between the method and the average.
-        self.close = False
-
-    def __call__(self, gradients: dict[int, np.ndarray]) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            return self._aggregate(list(gradients.values()))
-
-    def _aggregate(self, g: list[np.ndarray]) -> np.ndarray:
-        mean = sum(g) / len(g)
-        n = np.array([np.sqrt(x @ x) for x in g])
-        self.slack = sum(float(np.linalg.norm(x[np.isfinite(x)])) for x in g) / len(g)
-        self.close = False
-        if not np.isfinite(n).all() or not n.any():
-            return mean
-        alpha = np.array([x @ mean / k if k else 0.0 for x, k in zip(g, n, strict=True)])
-        if self.beta:
-            alpha = self._smooth(alpha)
-        # A mean in which much cancels has the roundings of what there was, and so has every coefficient.
-        slack = n.sum()
-        if self.normalize:
-            whole, size = alpha.sum(), np.abs(alpha).sum()
-            self.close = abs(whole - 1e-2 * size) < 1e-3 * size
-            if whole <= 1e-2 * size:
-                return mean
-            alpha = alpha / whole
-            slack = slack / whole * (1 + np.abs(alpha).sum())
-        gamma = np.array([a / k if k else 0.0 for a, k in zip(alpha, n, strict=True)])
-        factor = 1.0 if self.scale == "unit" else n.sum() / len(g) if self.normalize else 1 / len(g)
-        self.slack = float(factor * (slack + np.abs(alpha).sum()))
-        return factor * sum(w * x for w, x in zip(gamma, g, strict=True))
-
-    def _smooth(self, alpha: np.ndarray) -> np.ndarray:
-        order = np.argsort(alpha, kind="stable")
-        # The sorted values as a curve over [0, 1], whoever is there.
-        all_points, points = np.linspace(0, 1, self.workers), np.linspace(0, 1, len(alpha))
-        curve = np.interp(all_points, points, alpha[order])
-        if self.m is None:
-            self.m = curve
-            return alpha
-        old = np.empty_like(alpha)
-        old[order] = np.interp(points, all_points, self.m)
-        self.m = self.beta * self.m + (1 - self.beta) * curve
-        return self.beta * old + (1 - self.beta) * alpha
-
-
-def run(case: Case) -> Counter[str]:
-    """Train, compare, and count what was met."""
-    import adacons_hvd.torch as hvd
-
-    hvd.init()
-    me = harness.rank()
-    kinds = [getattr(torch, kind) for kind in case.types]
-    parameters = [torch.nn.Parameter(torch.ones(s, dtype=k)) for s, k in zip(case.shapes, kinds, strict=True)]
-
-    optimizer = hvd.DistributedOptimizer(
-        getattr(torch.optim, case.optimizer)(parameters, lr=0.01),
-        [(f"p{i}", p) for i, p in enumerate(parameters)],
-        aggregator=hvd.AdaCons(**case.aggregator, nonfinite=case.nonfinite),
-        compression=hvd.Compression.fp16 if case.fp16 else hvd.Compression.none,
-        granularity=pick(case.granularity, parameters),
-        groups=pick(case.groups, parameters),
-        **case.options,
-    )
-    raw, found = [], []
-    for step in range(case.steps[me]):
-        for number, (start, duration) in case.frozen.items():
-            parameters[number].requires_grad_(not start <= step < start + duration)
-        optimizer.zero_grad()
-        for turn in range(case.passes):
-            backward(case, parameters, step, turn)
-        raw.append([array(p.grad, p) for p in parameters])
-        found.append(step_and_see(optimizer, parameters))
-    hvd.join()
-    return judged(case, raw, found, [array(p, p) for p in parameters], optimizer.state_dict()["adacons"])
-
-
 def pick(numbers: Any, parameters: Sequence[Any]) -> Any:
     """Lists of parameters from lists of their numbers; anything else stays."""
     return [[parameters[i] for i in some] for some in numbers] if isinstance(numbers, list) else numbers
 
 
 def judged(
-    case: Case, raw: list[Any], found: list[Any], parameters: list[np.ndarray], memory: Mapping[str, Any]
+    case: Case,
+    raw: Mapping[int, list[np.ndarray]],
+    seen: Mapping[int, Seen],
+    parameters: list[np.ndarray],
+    memory: Mapping[str, Any],
+    only_sums_once_joined: bool = True,
 ) -> Counter[str]:
-    """Compare ranks with each other, and rank 0 all of them with the oracle; what was met."""
-    everyone = harness.gather((raw, found))
-    workers = range(len(everyone))
-    for step in range(max(case.steps)):
-        results = [everyone[rank][1][step] for rank in workers if step < case.steps[rank]]
-        assert all(same(results[0], other) for other in results[1:]), f"step {step}: the ranks differ"
+    """Compare ranks with each other, and rank 0 all of them with the oracle; what was met.
+
+    ``raw`` and ``seen`` are by the step's number: this rank's gradients, and what became of them.
+    """
+    everyone = harness.gather((raw, seen))
     bits = harness.gather(hashlib.sha256(repr([p.tolist() for p in parameters]).encode()).hexdigest())
-    stayed = [rank for rank in workers if case.steps[rank] == max(case.steps)]
+    if case.epochs > 1:  # after which they were made equal
+        assert len(set(bits)) == 1, "parameters differ"
+    stayed = [rank for rank, steps in enumerate(case.steps) if steps == max(case.steps)]
     assert len({bits[rank] for rank in stayed}) == 1, "parameters differ"
     assert all(np.isfinite(np.asarray(value)).all() for value in memory.values()), "the momentum is not finite"
     if harness.rank():
         return Counter()
-    return compare(case, [theirs for theirs, _ in everyone], [theirs for _, theirs in everyone])
-
-
-def backward(case: Case, parameters: list[torch.Tensor], step: int, turn: int) -> None:
-    outputs, gradients = [], []
-    for number, p in enumerate(parameters):
-        value = gradient(case, step, turn, harness.rank(), number)
-        if value is None or not p.requires_grad:
-            continue
-        if number in case.sparse:
-            # Every row twice and one not at all; what is sparse is added up by the optimizer, not by autograd.
-            rows = torch.arange(len(p) - 1).repeat(2)
-            outputs.append(torch.nn.functional.embedding(rows, p, sparse=True))
-            value = value[:-1].repeat(2, 1)
-        else:
-            outputs.append(p.clone())
-        gradients.append(value)
-    if outputs:
-        torch.autograd.backward(outputs, gradients)
-
-
-def step_and_see(optimizer: Any, parameters: list[torch.Tensor]) -> list[np.ndarray] | str:
-    """The aggregated gradients, or the error there was instead."""
-    try:
-        optimizer.synchronize()
-    except FloatingPointError as error:
-        return str(error)
-    seen = [array(p.grad, p) for p in parameters]
-    with optimizer.skip_synchronize():
-        optimizer.step()
-    return seen
+    return compare(case, [theirs for theirs, _ in everyone], [theirs for _, theirs in everyone], only_sums_once_joined)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -288,8 +221,10 @@ def same(a: Any, b: Any) -> bool:
     return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
 
 
-def compare(case: Case, raw: list[Any], found: list[Any]) -> Counter[str]:
-    """Hold every step against the oracle."""
+def compare(
+    case: Case, raw: list[Mapping[int, Any]], seen: list[Mapping[int, Seen]], only_sums_once_joined: bool
+) -> Counter[str]:
+    """Hold every step against the oracle; arguments by rank."""
     met: Counter[str] = Counter()
     workers, count = len(raw), len(case.shapes)
     groups = case.granularity
@@ -297,11 +232,13 @@ def compare(case: Case, raw: list[Any], found: list[Any]) -> Counter[str]:
         groups = [[i] for i in range(count)] if groups == "layer" else [list(range(count))]
     else:
         groups = [*groups, [i for i in range(count) if not any(i in some for some in groups)]]
-    judges = [Judge(workers, **case.aggregator) for _ in groups]
+    judges = [oracle.Judge(workers, **case.aggregator) for _ in groups]
     sure = [True] * len(groups)
-    for step in range(max(case.steps)):
-        here = {rank: raw[rank][step] for rank in range(workers) if step < case.steps[rank]}
-        result = next(found[rank][step] for rank in here)
+    for step in sorted(set().union(*raw)):
+        here = {rank: raw[rank][step] for rank in range(workers) if step in raw[rank]}
+        first, *others = (seen[rank][step] for rank in here)
+        assert all(same(first.gradients, other.gradients) for other in others), f"step {step}: the ranks differ"
+        result = first.gradients
         if case.fp16:
             here = {rank: [halved(case, i, x) for i, x in enumerate(g)] for rank, g in here.items()}
         bad = [rank for rank, g in here.items() if not all(np.isfinite(x).all() for x in g)]
@@ -314,8 +251,15 @@ def compare(case: Case, raw: list[Any], found: list[Any]) -> Counter[str]:
             met["errors as documented"] += 1
             continue
         assert not isinstance(result, str), f"step {step}: {result}"
+        asked = case.options["schedule"]
+        if len(here) < workers and only_sums_once_joined:
+            asked = "two-pass"
         if case.nonfinite == "exclude":
             here = {rank: g for rank, g in here.items() if rank not in bad}
+        for each in (first, *others):
+            if each.schedule:
+                assert each.schedule == asked or asked == "auto", f"step {step}: {each.schedule}"
+                assert each.present == tuple(rank in here for rank in range(workers)), f"step {step}: {each.present}"
         for index, (members, judge) in enumerate(zip(groups, judges, strict=True)):
             if not members:
                 continue
@@ -338,13 +282,13 @@ def compare(case: Case, raw: list[Any], found: list[Any]) -> Counter[str]:
 
 def halved(case: Case, number: int, x: np.ndarray) -> np.ndarray:
     """Return what fp16 compression leaves of a gradient."""
-    if case.types[number] == "complex64" or (number in case.sparse and not case.options["sparse_as_dense"]):
+    if case.types[number].startswith("complex") or (number in case.sparse and not case.options["sparse_as_dense"]):
         return x
     with np.errstate(over="ignore"):
         return x.astype(np.float16).astype(np.float64)
 
 
-def agree_with_the_oracle(cluster: Any, seconds: float, module: str = __name__, **limits: float) -> None:
+def agree_with_the_oracle(cluster: Any, seconds: float, module: str, **limits: float) -> None:
     """In the test: have the ranks take random cases for so long."""
     results = cluster.run(run_many, SEED, seconds, CASES, module, **limits)
     print(f"RANDOM_SEED={SEED} on {cluster.ranks} ranks under {cluster.launcher}: {results[0]}")
@@ -354,21 +298,21 @@ def agree_with_the_oracle(cluster: Any, seconds: float, module: str = __name__, 
 def run_many(first: int, seconds: float, cases: int, module: str) -> dict[str, int]:
     """Cases from `first` on until the time or their number is up; what was met in them.
 
-    `module` has the function `run` that takes a case.
+    `module` has a binding's part.
     """
     from adacons_hvd.schedules import SCHEDULES
 
-    take = importlib.import_module(module).run
+    binding = importlib.import_module(module)
     torch.set_num_threads(1)
     exact = [name for name, schedule in SCHEDULES.items() if getattr(schedule, "exact", True)]
     met: Counter[str] = Counter()
     end = time.monotonic() + seconds
     seed = first
     while seed < first + cases and all(harness.gather(time.monotonic() < end)):
-        case = draw(seed, harness.size(), exact)
+        case = binding.fitting(draw(seed, harness.size(), exact))
         print(f"seed {seed}", flush=True)
         try:
-            met += take(case)
+            met += binding.run(case)
         except BaseException as error:
             error.add_note(f"RANDOM_SEED={seed} RANDOM_CASES=1 on {harness.size()} ranks: {case}")
             raise

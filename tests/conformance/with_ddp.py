@@ -1,0 +1,96 @@
+"""PyTorch's DistributedDataParallel takes cases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+import torch.distributed as dist
+from cases import Case, Seen, array, gradient, judged, pick
+from torch.nn.parallel import DistributedDataParallel
+
+import adacons_hvd.ddp
+from adacons_hvd import AdaCons
+
+
+class Given(torch.nn.Module):
+    """Parameters whose gradients can be chosen."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.all = torch.nn.ParameterList(parameters)
+
+    def forward(self) -> list[torch.Tensor]:
+        return [p.clone() for p in self.all]
+
+
+def fitting(case: Case) -> Case:
+    """Without what DDP does not notice, frozen layers, and what it does in its own way."""
+    options = {name: case.options[name] for name in ("schedule", "bucket_bytes")}
+    case = replace(case, options=options, sparse=[], frozen={}, fp16=False, missing=[], groups=None)
+    # Where passes are added up, DDP multiplies by a complex one, of which an infinity becomes NaN.
+    return replace(case, passes=1) if any("complex" in kind for kind in case.types) else case
+
+
+def run(case: Case) -> Counter[str]:
+    """Train, compare, and count what was met."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    me = harness.rank()
+    parameters = [
+        torch.nn.Parameter(torch.ones(s, dtype=getattr(torch, k))) for s, k in zip(case.shapes, case.types, strict=True)
+    ]
+    model = DistributedDataParallel(Given(parameters), bucket_cap_mb=case.options["bucket_bytes"] / 2**20)
+    optimizer: Any = getattr(torch.optim, case.optimizer)(parameters, lr=0.01)
+    granularity = pick(case.granularity, parameters)
+    aggregator = AdaCons(**case.aggregator, nonfinite=case.nonfinite)
+    schedule = case.options["schedule"]
+    adacons_hvd.ddp.attach(model, optimizer, aggregator, schedule=schedule, granularity=granularity)
+    raw, seen = {}, {}
+    for epoch in case.times(me):
+        with model.join():
+            for step in epoch:
+                optimizer.zero_grad()
+                mine = [np.zeros(0)] * len(parameters)
+                for turn in range(case.passes):
+                    values = [gradient(case, step, turn, me, i) for i in range(len(parameters))]
+                    last = turn == case.passes - 1
+                    error = _backward(model, values, last)
+                    mine = [array(v, p) + (m if turn else 0) for v, p, m in zip(values, parameters, mine, strict=True)]
+                raw[step] = mine
+                seen[step] = Seen(error) if error else Seen.of([array(p.grad, p) for p in parameters], optimizer.report)
+                if not error:
+                    optimizer.step()
+    memory = optimizer.state_dict()["adacons"]
+    # Who has run out of data keeps the others company, so nothing changes for them.
+    return judged(case, raw, seen, [array(p, p) for p in parameters], memory, only_sums_once_joined=False)
+
+
+#: The arguments of which ranks may disagree.
+ARGUMENTS = {"aggregator", "schedule", "granularity", "grad_scaler"}
+
+
+def first_step(options: Callable[[list[Any]], dict[str, Any]]) -> None:
+    """Prepare for a step with these options, which are told of the parameters; that is when ranks meet."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    model = DistributedDataParallel(Given(parameters))
+    given = options(parameters)
+    adacons_hvd.ddp.attach(model, torch.optim.SGD(parameters, lr=0.1), given.pop("aggregator"), **given)
+
+
+def _backward(model: Any, gradients: list[Any], last: bool) -> str:
+    """One backward pass with these gradients; the error it ended with."""
+    with nullcontext() if last else model.no_sync():
+        try:
+            torch.autograd.backward(model(), gradients)
+        except FloatingPointError as error:
+            return str(error)
+    return ""

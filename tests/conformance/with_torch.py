@@ -1,0 +1,103 @@
+"""PyTorch over Horovod takes cases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import torch
+from cases import Case, Seen, array, gradient, judged, pick
+
+import adacons_hvd.torch as hvd
+
+
+def fitting(case: Case) -> Case:
+    """The binding has everything."""
+    return case
+
+
+def run(case: Case) -> Counter[str]:
+    """Train, compare, and count what was met."""
+    hvd.init()
+    me = harness.rank()
+    kinds = [getattr(torch, kind) for kind in case.types]
+    parameters = [torch.nn.Parameter(torch.ones(s, dtype=k)) for s, k in zip(case.shapes, kinds, strict=True)]
+    optimizer = hvd.DistributedOptimizer(
+        getattr(torch.optim, case.optimizer)(parameters, lr=0.01),
+        [(f"p{i}", p) for i, p in enumerate(parameters)],
+        aggregator=hvd.AdaCons(**case.aggregator, nonfinite=case.nonfinite),
+        compression=hvd.Compression.fp16 if case.fp16 else hvd.Compression.none,
+        granularity=pick(case.granularity, parameters),
+        groups=pick(case.groups, parameters),
+        **case.options,
+    )
+    raw, seen = {}, {}
+    for epoch in case.times(me):
+        for step in epoch:
+            for number, (start, duration) in case.frozen.items():
+                parameters[number].requires_grad_(not start <= step < start + duration)
+            optimizer.zero_grad()
+            for turn in range(case.passes):
+                _backward(case, parameters, step, turn)
+            raw[step] = [array(p.grad, p) for p in parameters]
+            was_sparse = [p.grad is not None and p.grad.is_sparse for p in parameters]
+            seen[step] = _step_and_see(optimizer, parameters)
+            for p, sparse in zip(parameters, was_sparse, strict=True):
+                # Frozen parameters stay out, and what was sparse still is.
+                assert p.requires_grad or p.grad is None
+                assert not sparse or p.grad.is_sparse
+        hvd.join()
+        if case.epochs > 1:
+            # Who left early has missed steps; as in plain Horovod, scripts make parameters equal before the next epoch.
+            for number, p in enumerate(parameters):
+                hvd.broadcast_(p.data, root_rank=case.last_to_join, name=f"parameter.{number}")
+    memory = optimizer.state_dict()["adacons"]
+    return judged(case, raw, seen, [array(p, p) for p in parameters], memory)
+
+
+#: The arguments of which ranks may disagree.
+ARGUMENTS = {
+    *("aggregator", "schedule", "granularity", "groups", "compression", "bucket_bytes", "sparse_as_dense"),
+    *("gradient_predivide_factor", "overlap", "grad_scaler", "check_replicas"),
+}
+FP16 = hvd.Compression.fp16
+
+
+def first_step(options: Callable[[list[Any]], dict[str, Any]]) -> None:
+    """A step with these options, which are told of the parameters."""
+    hvd.init()
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), **options(parameters))
+    sum(p.sum() for p in parameters).backward()
+    optimizer.step()
+
+
+def _backward(case: Case, parameters: list[torch.Tensor], step: int, turn: int) -> None:
+    outputs, gradients = [], []
+    for number, p in enumerate(parameters):
+        value = gradient(case, step, turn, harness.rank(), number)
+        if value is None or not p.requires_grad:
+            continue
+        if number in case.sparse:
+            # Every row twice and one not at all; what is sparse is added up by the optimizer, not by autograd.
+            rows = torch.arange(len(p) - 1).repeat(2)
+            outputs.append(torch.nn.functional.embedding(rows, p, sparse=True))
+            value = value[:-1].repeat(2, 1)
+        else:
+            outputs.append(p.clone())
+        gradients.append(value)
+    if outputs:
+        torch.autograd.backward(outputs, gradients)
+
+
+def _step_and_see(optimizer: Any, parameters: list[torch.Tensor]) -> Seen:
+    try:
+        optimizer.synchronize()
+    except FloatingPointError as error:
+        return Seen(str(error))
+    seen = Seen.of([array(p.grad, p) for p in parameters], optimizer.report)
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    return seen
