@@ -42,6 +42,7 @@ class TorchDistributed:
     interrupt: Callable[[], None] | None = None
     seconds_between_interrupts = 1.0
     may_begin_with_sums = False
+    direct = None
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
         self.group = group
