@@ -23,8 +23,9 @@ from . import Pending, ready
 
 __all__ = ["MOST_RANKS", "Channel", "Link", "Meeting", "pause", "world_rank"]
 
-# Seconds. Most messages are there at once. After that a rank sleeps as long as it has waited, a millisecond at most.
-_SPIN = 1e-4
+# Seconds. MPI moves messages only while somebody looks for them, so for so long a rank does nothing else but let others
+# run in between; then it sleeps between looks for an eighth of the time it has waited, a millisecond at most.
+_SPIN = 3e-3
 _LONGEST_SLEEP = 1e-3
 
 #: From how many ranks on a message to each other one is no longer small.
@@ -255,4 +256,4 @@ def _free(receive: Sequence[Any], send: Sequence[Any]) -> None:
 def pause(started: float) -> None:
     """Let others run, between two looks for what may be there at once."""
     waited = time.perf_counter() - started
-    time.sleep(0 if waited < _SPIN else min(waited, _LONGEST_SLEEP))
+    time.sleep(0 if waited < _SPIN else min(waited / 8, _LONGEST_SLEEP))
