@@ -14,6 +14,7 @@ from ..ddp.hooks import check_steps, introduce, unwrapped
 from ..ddp.notes import Notes
 from ..engine.memory import STATE_KEY
 from ..engine.settings import Parameters, Settings
+from ..insight import SickWorkers
 from ..torch_amp import aggregate_before_unscaling
 from .reducer import Reducer
 from .units import Unit, units_of
@@ -227,6 +228,11 @@ def _check_free(units: Sequence[Unit], aggregator: Aggregator) -> None:
         raise ValueError(
             f"{aggregator!r} needs the mean gradients of earlier steps, of which every rank would keep its shards, and "
             "no checkpoint of a sharded model would hold them; use an aggregator without a history, or DDP"
+        )
+    if isinstance(aggregator, SickWorkers):
+        raise ValueError(
+            "SickWorkers judges workers by their whole gradients, and FSDP shows those of one unit at a time; use "
+            "MovingAverages, and read report.agreement"
         )
     shards, replicas = units[0].shards, units[0].replicas
     if dist.get_world_size(shards) == 1:

@@ -295,7 +295,8 @@ def _without(s: Statistics, excluded: Tensor, gramian: bool) -> Statistics:
     ops = ops_for(s.squares)
     present = s.present & ~excluded
     table = ops.where(~excluded[:, None] & ~excluded, s.gramian, ops.zeros_like(s.gramian))
-    squares = ops.where(excluded, ops.zeros_like(s.squares), s.squares)
+    # One that is not finite stays, because no weight, zero either, keeps it out of the result.
+    squares = ops.where(excluded & ops.isfinite(s.squares), ops.zeros_like(s.squares), s.squares)
     past = None if s.past is None else ops.where(excluded[:, None], ops.zeros_like(s.past), s.past)
     dots = ops.total(table)[..., 0] / count_present(present)
     return replace(s, dots=dots, squares=squares, present=present, gramian=table if gramian else None, past=past)

@@ -145,3 +145,18 @@ def test_policies_speak():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(callback=lambda worker: None)
+
+
+def test_a_gradient_that_is_not_finite_counts_though_its_worker_is_excluded():
+    # No weight keeps it out of the result, so the step is the average, as it is for any other aggregator.
+    generator = torch.Generator().manual_seed(0)
+    aggregator = SickWorkers(AdaCons(), policy="exclude", steps=2)
+    truth = torch.randn(200, generator=generator)
+    for _ in range(60):
+        rows = truth + 0.5 * torch.randn(6, 200, generator=generator)
+        rows[2] = -rows[2]
+        decision, _ = aggregator.explain(rows)
+    assert decision.weights[2] == 0
+    rows[2, 0] = float("nan")
+    decision, _ = aggregator.explain(rows)
+    assert decision.fallback.item()
