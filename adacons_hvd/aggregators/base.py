@@ -377,11 +377,11 @@ class Aggregator:
         self._past = ops.keep_row(past, decision.slot, mean)
         return decision, rows, result
 
-    def refuse(self, ranks: Sequence[str]) -> None:
+    def refuse(self, ranks: Sequence[int | str]) -> None:
         """Raise the error of ``nonfinite="raise"`` if any ranks are given."""
         if ranks:
             raise FloatingPointError(
-                f"the gradient of rank {', '.join(ranks)} holds NaN or infinity "
+                f"the gradient of rank {', '.join(map(str, ranks))} holds NaN or infinity "
                 f"(or is so large that its square overflows), and {self!r} was told to raise"
             )
 
