@@ -14,15 +14,16 @@ import horovod.torch as hvd
 
 from adacons_hvd import AdaCons
 from adacons_hvd.collectives import horovod_torch
+from adacons_hvd.collectives.direct import Link
 from adacons_hvd.schedules import DenseBucket, Step
-from adacons_hvd.torch import reducer
 from adacons_hvd.torch.packing import DensePacking
+from adacons_hvd.torch.reducer import Reducer
 
 # What is timed, by the name of the phase. Waiting counts for the phase it happens in.
 _WAITING = "waiting"
 _PARTS: list[tuple[str, Any, str]] = [
-    ("other Python", reducer.Reducer, "synchronize"),
-    ("flags", reducer, "exchange"),
+    ("other Python", Reducer, "synchronize"),
+    ("flags", Reducer, "_exchange"),
     ("copy in", DensePacking, "load"),
     ("send", DenseBucket, "begin"),
     ("inner products", DenseBucket, "shares"),
@@ -32,6 +33,7 @@ _PARTS: list[tuple[str, Any, str]] = [
     ("result", DenseBucket, "finish"),
     ("copy out", DensePacking, "deliver"),
     (_WAITING, horovod_torch, "_wait"),
+    (_WAITING, Link, "wait_until"),
 ]
 
 
@@ -79,6 +81,9 @@ def take_apart(step: Callable[[], object], turns: int) -> dict[str, float]:
                 stack.enter_context(mock.patch.object(owner, attribute, timed))
             step()
         found.append(clock.seconds)
-    mine = {name: statistics.median(seconds[name] for seconds in found) for name in found[0]}
+    # Not every turn waits for everything.
+    names = dict.fromkeys(name for seconds in found for name in seconds)
+    mine = {name: statistics.median(seconds.get(name, 0.0) for seconds in found) for name in names}
     everyone = hvd.allgather_object(mine, name="benchmark.phases")
-    return {name: statistics.mean(phases[name] for phases in everyone) for name in mine}
+    names = dict.fromkeys(name for phases in everyone for name in phases)
+    return {name: statistics.mean(phases.get(name, 0.0) for phases in everyone) for name in names}
