@@ -79,9 +79,6 @@ def take_apart(step: Callable[[], object], turns: int) -> dict[str, float]:
                 stack.enter_context(mock.patch.object(owner, attribute, timed))
             step()
         found.append(clock.seconds)
-    # Not every turn waits for everything.
-    names = dict.fromkeys(name for seconds in found for name in seconds)
-    mine = {name: statistics.median(seconds.get(name, 0.0) for seconds in found) for name in names}
+    mine = {name: statistics.median(seconds[name] for seconds in found) for name in found[0]}
     everyone = hvd.allgather_object(mine, name="benchmark.phases")
-    names = dict.fromkeys(name for phases in everyone for name in phases)
-    return {name: statistics.mean(phases.get(name, 0.0) for phases in everyone) for name in names}
+    return {name: statistics.mean(phases[name] for phases in everyone) for name in mine}

@@ -355,7 +355,7 @@ class Aggregator:
         statistics = Statistics.of(rows, self.needs_gramian, past=past)
         finite = ops.isfinite(statistics.squares)
         if self.nonfinite == "raise":
-            self.refuse([str(rank) for rank, fine in enumerate(ops.to_list(finite)) if not fine])
+            self.refuse([rank for rank, fine in enumerate(ops.to_list(finite)) if not fine])
         if self.nonfinite == "exclude":
             rows = ops.where(finite[:, None], rows, ops.zeros_like(rows))
             statistics = Statistics.of(rows, self.needs_gramian, finite, past)

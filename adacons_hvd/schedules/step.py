@@ -199,5 +199,5 @@ class Step:
     def _refuse_nonfinite(self, statistics: Statistics) -> None:
         ops = ops_for(statistics.squares)
         finite = ops.to_list(ops.isfinite(statistics.squares))
-        names = self.names or [str(rank) for rank in range(self.collectives.size)]
+        names: Sequence[int | str] = self.names or range(self.collectives.size)
         self.aggregator.refuse([name for i, name in enumerate(names) if not all(group[i] for group in finite)])
