@@ -90,7 +90,9 @@ def train_keras(path: str, events: str) -> tuple[str, list[dict]]:
     model.compile(optimizer, loss="mse")
     reports: list[dict] = []
     watch = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: reports.append(optimizer.report.as_dict() | {"loss": float(logs["loss"])})
+        on_train_batch_end=lambda batch, logs: reports.append(
+            optimizer.report.as_dict() | {"loss": float(logs["loss"])}
+        )
     )
     writer = tf.summary.create_file_writer(events)
     logs = [keras_callback(path, every=2), keras_callback(writer, every=3)]
