@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import time
 
@@ -68,7 +70,9 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path):
     main, side = pty.openpty()
     command = [*COMMAND, "watch", "run.jsonl", "--every", "0.1"]
     env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen(command, cwd=tmp_path, stdin=side, stdout=side, stderr=side, env=env)
+    # Where tests run in the background of a shell, they and what they start would not hear of an interruption.
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=side, stdout=side, stderr=side, env=env, preexec_fn=hears)
     shown, until, more = "", time.monotonic() + 60, False
     while "by gather" not in shown[shown.find("12, ") :] or not more:
         assert time.monotonic() < until, shown
@@ -78,7 +82,7 @@ def test_a_run_is_followed_while_it_goes_on(tmp_path):
             more = True
         if more and "12, by gather" in shown:
             break
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
 
 

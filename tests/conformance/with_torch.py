@@ -93,11 +93,14 @@ def _backward(case: Case, parameters: list[torch.Tensor], step: int, turn: int) 
 
 
 def _step_and_see(optimizer: Any, parameters: list[torch.Tensor]) -> Seen:
+    before = optimizer.report
     try:
         optimizer.synchronize()
     except FloatingPointError as error:
         return Seen(str(error))
-    seen = Seen.of([array(p.grad, p) for p in parameters], optimizer.report)
+    # While all parameters are frozen nothing is aggregated, and the report is that of an earlier step.
+    report = None if optimizer.report is before else optimizer.report
+    seen = Seen.of([array(p.grad, p) for p in parameters], report)
     with optimizer.skip_synchronize():
         optimizer.step()
     return seen

@@ -65,16 +65,17 @@ def test_a_slow_rank_changes_nothing_but_the_time(cluster):
     assert re.search(r"^1: \[allreduce\.adacons\.0\.", everything, re.MULTILINE), slow
 
 
-def test_a_stopped_rank_that_goes_on_changes_nothing_but_the_time(cluster):
+def test_a_stopped_rank_that_goes_on_changes_nothing_but_the_time(cluster, tmp_path):
     """SIGSTOP in the middle of a collective, and SIGCONT three seconds later."""
-    plan = {"phase": "first collective", "what": "stop"}
+    # The folder tells this job from another one that runs beside it.
+    plan = {"phase": "first collective", "what": "stop", "folder": str(tmp_path)}
     continued = threading.Event()
 
     def wake():
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not continued.wait(0.1):
             for entry in Path("/proc").iterdir():
-                stopped = entry.name.isdigit() and state_of(entry) == "T" and str(JOB) in command_of(entry)
+                stopped = entry.name.isdigit() and state_of(entry) == "T" and str(tmp_path) in command_of(entry)
                 if stopped:
                     time.sleep(3)
                     os.kill(int(entry.name), signal.SIGCONT)
