@@ -25,16 +25,18 @@ its first collective is a sum, which may leave whoever is here.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import horovod.torch as hvd
 import torch
-from horovod.torch.mpi_ops import HorovodInternalError
+from horovod.torch.mpi_ops import HorovodInternalError, mpi_enabled, mpi_lib
 
 from .. import agreement
-from ..collectives import Pending, host_name
+from ..collectives import Pending, host_name, ready
+from ..collectives.direct import MOST_RANKS, Link, Meeting, links_made, pause, world_rank
 from ..collectives.horovod_torch import HorovodTorch
 from ..collectives.hosts import Hosts
 from ..costs import Choice
@@ -64,6 +66,13 @@ class Reducer:
     _full: list[Packing]
     #: The count of ranks under way, and whether it came to all with the same layout.
     _rank_count: Pending | None
+    #: What Horovod still carries, though nobody needs it: flags that came the direct way, and the sign of life of a
+    #: direct way that is closed. Each must have come to its end before the next of its name.
+    _flags_under_way: Pending | None
+    _alive: Pending | None
+    #: Where flags, and the count of ranks, go the direct way.
+    _flags_meeting: Meeting | None
+    _count_meeting: Meeting | None
     _unanimous: bool | None
     #: Whether packings may leave during backward, and whether that takes a count of ranks.
     _overlaps: bool
@@ -109,6 +118,7 @@ class Reducer:
         self._generation = numbering.generation
         #: Taken in the first step.
         self._number: int | None = None
+        self._flags_under_way = self._alive = None
 
     def _keep_up(self) -> None:
         """Start again if Horovod has been initialised anew: an elastic job's workers have changed."""
@@ -154,7 +164,10 @@ class Reducer:
         if self._counts_ranks and self._rank_count is None:
             counts = torch.tensor([1, self._joined], dtype=torch.int64)
             self._unanimous = None
-            self._rank_count = self._collectives.allreduce(counts, f"{self.name}.here", out=counts)
+            if self._count_meeting is None:
+                self._rank_count = self._collectives.allreduce(counts, f"{self.name}.here", out=counts)
+            else:
+                self._rank_count = _count(self._count_meeting, counts)
 
     def _all_are_here(self, wait: bool = False) -> bool:
         """Whether all who take this step have this rank's layout; False while that is not known."""
@@ -213,7 +226,8 @@ class Reducer:
             self._number = numbering.take(self.settings.process_set.process_set_id)
         self._full.clear()
         self._count_ranks()
-        all_are_here = self._all_are_here(wait=True)
+        # What goes the direct way may never come, because a rank has left.
+        all_are_here = self._all_are_here(wait=self._count_meeting is None)
         self._rank_count = None
         current = self._layout_is_current()
         if current and (self._begins_with_flags or (self._begins_if_all_here and all_are_here)):
@@ -231,7 +245,7 @@ class Reducer:
             replicas=int(self._taken_digest.read()) or 1 if current and self._taken_digest is not None else 0,
             loss=loss,
         )
-        ruling = decide(mine, exchange(self._collectives, mine, self.name))
+        ruling = decide(mine, self._exchange(mine))
         if ruling.verdict is Verdict.DISAGREE:
             agreement.confirm(self._collectives, self._description(slots), self.name)
         if ruling.recall is not Recall.NOTHING:
@@ -246,9 +260,53 @@ class Reducer:
         new_layout = ruling.verdict in (Verdict.RELAYOUT, Verdict.ONLY_SUMS)
         if new_layout:
             self._lay_out(self._draft() if current else slots, digest, ruling.verdict is Verdict.ONLY_SUMS)
+        if self._collectives.direct is not None:
+            self._rely_on(self._collectives.direct)
         self._age = 0 if new_layout else self._age + 1
         self._taken_digest = self._take_digest() if is_due(self._age, self.settings.check_replicas) else None
         return ruling.loss
+
+    def _exchange(self, mine: Message) -> list[Message | None]:
+        """:func:`exchange`, the direct way if that is open.
+
+        Of ranks that have left with ``hvd.join()`` it knows nothing. So messages go both ways, and what comes first
+        counts.
+        """
+        if self._flags_under_way is not None:
+            self._flags_under_way.wait()
+        self._flags_under_way = flags = _send(self._collectives, mine, self.name)
+        meeting = self._flags_meeting
+        if meeting is not None:
+            meeting.begin(torch.tensor(mine.row()))
+            started = time.perf_counter()
+            while not flags.done():
+                if meeting.over():
+                    return _messages(meeting.rows)
+                pause(started)
+        self._flags_under_way = None
+        return _messages(flags.wait())
+
+    def _rely_on(self, link: Link) -> None:
+        """Prepare to send all else in this step the direct way: all ranks are here, and take it."""
+        for meeting in (self._count_meeting, self._flags_meeting):
+            if meeting is not None:
+                # In this step, because a rank may leave after it.
+                meeting.end()
+        alive, self._alive = link.alive or self._alive, None
+        if alive is not None:
+            alive.wait()
+        one = torch.ones(1)
+        link.alive = self._collectives.allreduce(one, f"{self.name}.alive", out=one)
+
+    def end_what_nobody_needs(self) -> None:
+        """Wait for what Horovod still carries for this reducer, though its content is known."""
+        link = self._collectives.direct
+        for under_way in (self._flags_under_way, self._alive, None if link is None else link.alive):
+            if under_way is not None:
+                under_way.wait()
+        self._flags_under_way = self._alive = None
+        if link is not None:
+            link.alive = None
 
     def _everyones(self, text: str) -> list[str]:
         return [data.decode() for data in self._collectives.allgather_bytes(text.encode(), f"{self.name}.how")]
@@ -339,8 +397,27 @@ class Reducer:
         self._counts_ranks = False
         self._rank_count = None
         self._unanimous = None
+        self._unlink()
         self._age = 0
         self._taken_digest = None
+
+    def _unlink(self) -> None:
+        """Take the direct way no more, and forget what is on it."""
+        link, self._collectives.direct = self._collectives.direct, None
+        self._flags_meeting = self._count_meeting = None
+        if link is not None:
+            self._alive = link.alive
+            link.drop()
+
+    def _link(self, arrivals: Sequence[Arrival]) -> None:
+        """Take the direct way if all ranks have it, for gradients on the host."""
+        ranks = [arrival.world_rank for arrival in arrivals]
+        if min(ranks) < 0 or len(ranks) > MOST_RANKS:
+            return
+        link = Link(ranks, self._collectives.rank, 1 + max(arrival.links for arrival in arrivals))
+        self._collectives.direct = link
+        self._flags_meeting = link.meeting("flags", torch.tensor(Message().row()))
+        self._count_meeting = link.meeting("here", torch.zeros(2, dtype=torch.int64))
 
     def _draft(self) -> list[Slot]:
         """Slots for the parameters as they are now."""
@@ -353,6 +430,8 @@ class Reducer:
     def _lay_out(self, slots: list[Slot], digest: int, joined: bool) -> None:
         """Make packings of slots that all ranks have alike."""
         arrivals: list[Arrival] = []
+        was_direct = self._collectives.direct is not None
+        self._unlink()
         if joined:
             self._choice = self._only_sums()
         else:
@@ -379,11 +458,15 @@ class Reducer:
         together = not (schedule.overlaps or joined) and self._step.may_begin_early
         self._begins_with_flags = together and not needs_all
         if not joined:
+            # Flags are as quick as the count where they go the direct way.
+            together = together and self._collectives.direct is None
             self._counts_ranks = (self._overlaps or together) and needs_all
             self._begins_if_all_here = self._overlaps or (together and needs_all)
         else:
             # A rank that has left and comes back still has the layout for all, or none. So those
-            # that went on without it keep asking as they did, and send nothing early unasked.
+            # that went on without it keep asking as they did, and send nothing early unasked. The
+            # direct way is closed to them, and nobody waits for a count that went it.
+            self._counts_ranks = self._counts_ranks and not was_direct
             self._overlaps = self._begins_if_all_here = self._overlaps and self._counts_ranks
         self._digest, self._joined, self._stale = digest, joined, False
         if self._packings:
@@ -416,8 +499,11 @@ class Reducer:
             memory=(self.state.digest(), self.state.steps),
             was_without_some=self._joined,
             held=self.state.history.held([slot.length for slot in slots], self._aggregator.history),
+            world_rank=self._world_rank(slots),
+            links=links_made(),
         )
         arrivals = agree(self._collectives, mine, self._description(slots), self.name)
+        self._link(arrivals)
         # A parameter may have a sparse gradient on one rank and none yet on another.
         for index in {i for arrival in arrivals for i in arrival.sparse}:
             slots[index].sparse = True
@@ -447,6 +533,12 @@ class Reducer:
             self.name,
         )
         return choice, arrivals
+
+    @staticmethod
+    def _world_rank(slots: Sequence[Slot]) -> int:
+        """This rank's number in MPI's world, or -1 where gradients cannot go the direct way."""
+        on_host = all(slot.parameter.device.type == "cpu" for slot in slots)
+        return world_rank() if on_host and mpi_enabled() else -1
 
     def _only_sums(self) -> Choice:
         if self.settings.workers == "host":
@@ -506,6 +598,25 @@ class Reducer:
 _reducers: weakref.WeakSet[Reducer] = weakref.WeakSet()
 
 
+def _ending_before(join: Callable[..., int]) -> Callable[..., int]:
+    """Horovod's ``join``, called when nothing is under way.
+
+    Once a rank has joined, Horovod adds zeros for it even to what it had begun before, and never ends that: the others
+    would take it for absent in its last step, and it would wait for ever when it comes back.
+    """
+
+    def joining(*arguments: Any) -> int:
+        for reducer in list(_reducers):
+            reducer.end_what_nobody_needs()
+        return join(*arguments)
+
+    return joining
+
+
+# Below hvd.join(), which scripts import from wherever they like.
+mpi_lib.horovod_torch_join = _ending_before(mpi_lib.horovod_torch_join)
+
+
 def reducer_of(parameters: Iterable[torch.Tensor]) -> Reducer | None:
     """The reducer that looks after one of these parameters and has gradients that it did not aggregate, if any."""
     waiting = [reducer for reducer in list(_reducers) if reducer.pending]
@@ -520,11 +631,29 @@ def exchange(collectives: HorovodTorch, mine: Message, name: str) -> list[Messag
     A sum, because that is the one collective which goes on working after a ``join``; and on the
     host, so that an accelerator is never waited for.
     """
-    row = mine.row()
-    table = torch.zeros((collectives.size, len(row)), dtype=torch.int64)
-    table[collectives.rank] = torch.tensor(row)
-    table = collectives.allreduce(table, f"{name}.flags", out=table).wait()
+    return _messages(_send(collectives, mine, name).wait())
+
+
+def _send(collectives: HorovodTorch, mine: Message, name: str) -> Pending:
+    row = torch.tensor(mine.row())
+    table = row.new_zeros((collectives.size, len(row)))
+    table[collectives.rank] = row
+    return collectives.allreduce(table, f"{name}.flags", out=table)
+
+
+def _messages(table: torch.Tensor) -> list[Message | None]:
     return [Message.from_row(row) for row in table.tolist()]
+
+
+def _count(meeting: Meeting, counts: torch.Tensor) -> Pending:
+    """The sum of everyone's counts."""
+    meeting.begin(counts)
+
+    def finish() -> torch.Tensor:
+        meeting.end()
+        return meeting.rows.sum(0)
+
+    return ready(finish, meeting.over)
 
 
 def _calling(method: weakref.WeakMethod[Callable[[torch.Tensor], None]]) -> Any:
