@@ -6,6 +6,7 @@ a bucket, :mod:`adacons_hvd.engine.plan` says.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ class Slot:
     def length(self) -> int:
         """How many real numbers the gradient consists of."""
         return numbers(self.parameter)
+
+    @property
+    def row_length(self) -> int:
+        """How many of them are in one row."""
+        return self.length // max(self.parameter.shape[0], 1)
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -151,16 +157,19 @@ class DensePacking(Packing):
 
 
 class SparsePacking(Packing):
-    """A single slot whose gradient has few non-zero rows, as an embedding's."""
+    """Slots whose gradients have few non-zero rows, of one length, as embeddings'; their rows are numbered through."""
 
-    def __init__(self, name: str, slot: Slot, schedule: Schedule) -> None:
-        self.slots = [slot]
-        self.waiting = 1
-        slot.packing = self
-        nothing = slot.parameter.new_zeros((0, slot.length // max(slot.parameter.shape[0], 1)))
-        self._bucket = SparseBucket(
-            name, nothing.new_zeros(0, dtype=torch.int64), nothing, slot.group, schedule.collectives
-        )
+    def __init__(self, name: str, slots: list[Slot], schedule: Schedule) -> None:
+        self.slots = slots
+        self.waiting = len(slots)
+        for slot in slots:
+            slot.packing = self
+        #: The number of each slot's first row, and of the row after the last one.
+        self._starts = list(itertools.accumulate((slot.parameter.shape[0] for slot in slots), initial=0))
+        self._inner_starts = torch.tensor(self._starts[1:-1], device=slots[0].parameter.device)
+        nothing = slots[0].parameter.new_zeros((0, slots[0].row_length))
+        self._nothing = nothing.new_zeros(0, dtype=torch.int64), nothing
+        self._bucket = SparseBucket(name, *self._nothing, slots[0].group, schedule.collectives)
 
     @property
     def bucket(self) -> SparseBucket:
@@ -168,19 +177,33 @@ class SparsePacking(Packing):
 
     def load(self) -> None:
         super().load()
-        gradient = self.slots[0].parameter.grad
-        width = self.bucket.values.shape[1]
-        if gradient is None:
-            self.bucket.rows = self.bucket.rows.new_zeros(0)
-            self.bucket.values = self.bucket.values.new_zeros((0, width))
-            return
-        gradient = gradient.detach()
-        gradient = gradient if gradient.is_sparse else gradient.to_sparse(1)
-        self.bucket.rows, self.bucket.values = rows_and_values(gradient)
+        gradients = [
+            (start, gradient.detach() if gradient.is_sparse else gradient.detach().to_sparse(1))
+            for slot, start in zip(self.slots, self._starts, strict=False)
+            if (gradient := slot.parameter.grad) is not None
+        ]
+        if not gradients:
+            self.bucket.rows, self.bucket.values = self._nothing
+        elif len(gradients) == 1:
+            start, gradient = gradients[0]
+            rows, self.bucket.values = rows_and_values(gradient)
+            self.bucket.rows = rows + start
+        else:
+            rows = torch.cat([gradient._indices() + start for start, gradient in gradients], 1)
+            values = torch.cat([gradient._values().flatten(1) for _, gradient in gradients])
+            shape = self._starts[-1], values.shape[1]
+            together = torch.sparse_coo_tensor(rows, values, shape, check_invariants=False)
+            self.bucket.rows, self.bucket.values = rows_and_values(together)
 
     def deliver(self) -> None:
-        (slot,) = self.slots
-        slot.parameter.grad = sparse_gradient(self.bucket.rows, self.bucket.values, slot.parameter)
+        rows, values = self.bucket.rows, self.bucket.values
+        # Rows are in order.
+        stops = [*torch.searchsorted(rows, self._inner_starts).tolist(), len(rows)]
+        first = 0
+        for slot, start, stop in zip(self.slots, self._starts, stops, strict=False):
+            parameter = slot.parameter
+            parameter.grad = sparse_gradient(rows[first:stop] - start, values[first:stop], parameter)
+            first = stop
 
 
 def pack(
@@ -196,7 +219,9 @@ def pack(
     wire, transform = _compression(compression)
 
     def dtype_of(slot: Slot) -> torch.dtype:
-        return wire if wire is not None and not slot.parameter.is_complex() else _real(slot.parameter.dtype)
+        if wire is None or slot.sparse or slot.parameter.is_complex():
+            return _real(slot.parameter.dtype)
+        return wire
 
     items = [
         Item(
@@ -205,7 +230,7 @@ def pack(
             group=slot.group,
             kind=(dtype_of(slot), slot.parameter.device),
             width=dtype_of(slot).itemsize,
-            sparse=slot.sparse,
+            row_length=slot.row_length if slot.sparse else None,
         )
         for slot in slots
     ]
@@ -213,7 +238,7 @@ def pack(
     for number, bucket in enumerate(plan_buckets(items, bucket_bytes, together)):
         members = [slots[position] for position in bucket.positions]
         if bucket.sparse:
-            packings.append(SparsePacking(f"{name}.{number}", members[0], schedule))
+            packings.append(SparsePacking(f"{name}.{number}", members, schedule))
         else:
             packings.append(DensePacking(f"{name}.{number}", members, dtype_of(members[0]), schedule, transform))
     return packings
