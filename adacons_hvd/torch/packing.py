@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,7 +89,10 @@ class Packing:
 
 
 class DensePacking(Packing):
-    """Slots of one element type on one device, side by side in a flat buffer."""
+    """Slots of one element type on one device, side by side in a flat buffer.
+
+    A gradient that is alone in its packing is used where it is, if its elements lie as a buffer's do.
+    """
 
     def __init__(
         self,
@@ -105,21 +109,48 @@ class DensePacking(Packing):
         for slot in slots:
             slot.packing, slot.start = self, length
             length += slot.length
+        self._length = length
         # Shards have equal length, so the buffer is padded.
-        padded = -(-length // schedule.multiple) * schedule.multiple
-        buffer = torch.zeros(padded, dtype=dtype, device=slots[0].parameter.device)
-        self._bucket = DenseBucket(name, buffer, segments((slot.length, slot.group) for slot in slots), schedule)
-        self._views = {
-            slot: buffer[slot.start : slot.start + slot.length].view(real(slot.parameter.detach()).shape)
-            for slot in slots
-        }
+        self._padded = -(-length // schedule.multiple) * schedule.multiple
+        #: In place of a buffer between steps, and for the buffer's element type and device.
+        self._nothing = torch.empty(0, dtype=dtype, device=slots[0].parameter.device)
+        self._views: dict[Slot, torch.Tensor] = {}
+        #: Whether the bucket holds the gradient itself.
+        self._in_place = False
+        buffer = self._gradient_itself()
+        pieces = segments((slot.length, slot.group) for slot in slots)
+        self._bucket = DenseBucket(name, self._buffer if buffer is None else buffer, pieces, schedule)
 
     @property
     def bucket(self) -> DenseBucket:
         return self._bucket
 
+    @cached_property
+    def _buffer(self) -> torch.Tensor:
+        """The buffer of this packing, made when it is first needed."""
+        buffer = self._nothing.new_zeros(self._padded)
+        for slot in self.slots:
+            shape = real(slot.parameter.detach()).shape
+            self._views[slot] = buffer[slot.start : slot.start + slot.length].view(shape)
+        return buffer
+
+    def _gradient_itself(self) -> torch.Tensor | None:
+        """The only slot's gradient as a flat tensor, if it can be used in place of a buffer."""
+        gradient = self.slots[0].parameter.grad
+        if len(self.slots) > 1 or self._padded > self._length or self.compression is not None or gradient is None:
+            return None
+        if gradient.is_sparse or not (flat := real(gradient.detach())).is_contiguous():
+            return None
+        return flat.view(-1) if flat.dtype == self._nothing.dtype else None
+
     def load(self) -> None:
         super().load()
+        gradient = self._gradient_itself()
+        self._in_place = gradient is not None
+        if gradient is not None:
+            self.bucket.buffer = gradient
+            return
+        self.bucket.buffer = self._buffer
         views, gradients = [], []
         for slot in self.slots:
             view, gradient = self._views[slot], slot.parameter.grad
@@ -137,6 +168,17 @@ class DensePacking(Packing):
             torch._foreach_copy_(views, gradients)
 
     def deliver(self) -> None:
+        if self._in_place:
+            # Whoever sets gradients to None after the step expects their memory back.
+            self.bucket.buffer, self._in_place = self._nothing, False
+        else:
+            self._copy_back()
+        if self.bucket.restore is not None:
+            for slot in self.slots:
+                assert slot.parameter.grad is not None
+                slot.parameter.grad.mul_(self.bucket.restore[slot.group, 0])
+
+    def _copy_back(self) -> None:
         views, gradients = [], []
         for slot in self.slots:
             parameter, view = slot.parameter, self._views[slot]
@@ -150,10 +192,6 @@ class DensePacking(Packing):
                 gradients.append(real(gradient))
         if views:
             torch._foreach_copy_(gradients, views)
-        if self.bucket.restore is not None:
-            for slot in self.slots:
-                assert slot.parameter.grad is not None
-                slot.parameter.grad.mul_(self.bucket.restore[slot.group, 0])
 
 
 class SparsePacking(Packing):
