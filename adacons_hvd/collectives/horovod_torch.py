@@ -55,8 +55,9 @@ class HorovodTorch:
         handle = hvd._allreduce_async(carried, into, name, hvd.Sum, prescale, postscale, self.process_set)
 
         def finish() -> torch.Tensor:
-            summed = _wait(handle)
-            return result if summed is result else result.copy_(summed)
+            # Horovod itself forgets which tensors these were if a script calls hvd.init() again.
+            _wait(handle)
+            return result if into is result else result.copy_(into)
 
         return ready(finish, lambda: hvd.poll(handle))
 

@@ -82,6 +82,8 @@ class _GatherTransfer(RowsTransfer):
 
 
 class _DirectTransfer(_GatherTransfer):
+    direct = True
+
     def begin(self, bucket: DenseBucket) -> Pending:
         assert self.collectives.direct is not None
         return self.collectives.direct.gather(bucket.buffer, _rows(bucket))

@@ -35,7 +35,7 @@ import torch
 from horovod.torch.mpi_ops import HorovodInternalError, mpi_enabled, mpi_lib
 
 from .. import agreement
-from ..collectives import Pending, host_name, ready
+from ..collectives import Pending, host_name
 from ..collectives.direct import MOST_RANKS, Link, Meeting, links_made, pause, world_rank
 from ..collectives.horovod_torch import HorovodTorch
 from ..collectives.hosts import Hosts
@@ -70,9 +70,8 @@ class Reducer:
     #: direct way that is closed. Each must have come to its end before the next of its name.
     _flags_under_way: Pending | None
     _alive: Pending | None
-    #: Where flags, and the count of ranks, go the direct way.
+    #: Where flags go the direct way.
     _flags_meeting: Meeting | None
-    _count_meeting: Meeting | None
     _unanimous: bool | None
     #: Whether packings may leave during backward, and whether that takes a count of ranks.
     _overlaps: bool
@@ -164,10 +163,7 @@ class Reducer:
         if self._counts_ranks and self._rank_count is None:
             counts = torch.tensor([1, self._joined], dtype=torch.int64)
             self._unanimous = None
-            if self._count_meeting is None:
-                self._rank_count = self._collectives.allreduce(counts, f"{self.name}.here", out=counts)
-            else:
-                self._rank_count = _count(self._count_meeting, counts)
+            self._rank_count = self._collectives.allreduce(counts, f"{self.name}.here", out=counts)
 
     def _all_are_here(self, wait: bool = False) -> bool:
         """Whether all who take this step have this rank's layout; False while that is not known."""
@@ -226,8 +222,7 @@ class Reducer:
             self._number = numbering.take(self.settings.process_set.process_set_id)
         self._full.clear()
         self._count_ranks()
-        # What goes the direct way may never come, because a rank has left.
-        all_are_here = self._all_are_here(wait=self._count_meeting is None)
+        all_are_here = self._all_are_here(wait=True)
         self._rank_count = None
         current = self._layout_is_current()
         if current and (self._begins_with_flags or (self._begins_if_all_here and all_are_here)):
@@ -288,10 +283,9 @@ class Reducer:
 
     def _rely_on(self, link: Link) -> None:
         """Prepare to send all else in this step the direct way: all ranks are here, and take it."""
-        for meeting in (self._count_meeting, self._flags_meeting):
-            if meeting is not None:
-                # In this step, because a rank may leave after it.
-                meeting.end()
+        if self._flags_meeting is not None:
+            # In this step, because a rank may leave after it.
+            self._flags_meeting.end()
         alive, self._alive = link.alive or self._alive, None
         if alive is not None:
             alive.wait()
@@ -404,7 +398,7 @@ class Reducer:
     def _unlink(self) -> None:
         """Take the direct way no more, and forget what is on it."""
         link, self._collectives.direct = self._collectives.direct, None
-        self._flags_meeting = self._count_meeting = None
+        self._flags_meeting = None
         if link is not None:
             self._alive = link.alive
             link.drop()
@@ -417,7 +411,6 @@ class Reducer:
         link = Link(ranks, self._collectives.rank, 1 + max(arrival.links for arrival in arrivals))
         self._collectives.direct = link
         self._flags_meeting = link.meeting("flags", torch.tensor(Message().row()))
-        self._count_meeting = link.meeting("here", torch.zeros(2, dtype=torch.int64))
 
     def _draft(self) -> list[Slot]:
         """Slots for the parameters as they are now."""
@@ -430,7 +423,6 @@ class Reducer:
     def _lay_out(self, slots: list[Slot], digest: int, joined: bool) -> None:
         """Make packings of slots that all ranks have alike."""
         arrivals: list[Arrival] = []
-        was_direct = self._collectives.direct is not None
         self._unlink()
         if joined:
             self._choice = self._only_sums()
@@ -458,15 +450,13 @@ class Reducer:
         together = not (schedule.overlaps or joined) and self._step.may_begin_early
         self._begins_with_flags = together and not needs_all
         if not joined:
-            # Flags are as quick as the count where they go the direct way.
-            together = together and self._collectives.direct is None
+            # What goes the direct way is too quick to gain by leaving before the flags have told that all are here.
+            together = together and not all(packing.bucket.direct for packing in self._packings)
             self._counts_ranks = (self._overlaps or together) and needs_all
             self._begins_if_all_here = self._overlaps or (together and needs_all)
         else:
             # A rank that has left and comes back still has the layout for all, or none. So those
-            # that went on without it keep asking as they did, and send nothing early unasked. The
-            # direct way is closed to them, and nobody waits for a count that went it.
-            self._counts_ranks = self._counts_ranks and not was_direct
+            # that went on without it keep asking as they did, and send nothing early unasked.
             self._overlaps = self._begins_if_all_here = self._overlaps and self._counts_ranks
         self._digest, self._joined, self._stale = digest, joined, False
         if self._packings:
@@ -643,17 +633,6 @@ def _send(collectives: HorovodTorch, mine: Message, name: str) -> Pending:
 
 def _messages(table: torch.Tensor) -> list[Message | None]:
     return [Message.from_row(row) for row in table.tolist()]
-
-
-def _count(meeting: Meeting, counts: torch.Tensor) -> Pending:
-    """The sum of everyone's counts."""
-    meeting.begin(counts)
-
-    def finish() -> torch.Tensor:
-        meeting.end()
-        return meeting.rows.sum(0)
-
-    return ready(finish, meeting.over)
 
 
 def _calling(method: weakref.WeakMethod[Callable[[torch.Tensor], None]]) -> Any:
