@@ -31,8 +31,8 @@ class Item:
     kind: Hashable
     #: Bytes that one number takes in a bucket.
     width: int
-    #: Whether few of its rows are not zero, so that only those travel.
-    sparse: bool = False
+    #: How many numbers a row has, where few rows are not zero, so that only those travel; None where all travel.
+    row_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ def plan_buckets(
     """Distribute items over buckets, each as soon as it is full.
 
     Backward computes the last layers' gradients first, so buckets are filled from the end: the first to be complete is
-    the first to leave. A sparse gradient has a bucket of its own, one without any element has none. ``together`` lists
-    the keys of items that share a bucket, whatever its size, as Horovod's ``groups`` does; the rest then travel alone.
+    the first to leave. Sparse gradients with rows of one length and one group share a bucket, whatever its size; one
+    without any element has none. ``together`` lists the keys of items that share a bucket, whatever its size, as
+    Horovod's ``groups`` does; the rest then travel alone.
 
     >>> items = [Item(name, 3, 0, "float32", 4) for name in "abcd"]
     >>> [plan.positions for plan in plan_buckets(items, bucket_bytes=24)]
@@ -59,25 +60,24 @@ def plan_buckets(
     [(3, 0), (2,), (1,)]
     """
     plans: list[BucketPlan] = []
-    filling: dict[Hashable, list[int]] = {}
+    # By whether they are sparse, and by what gradients of one bucket have in common.
+    filling: dict[tuple[bool, Hashable], list[int]] = {}
     sizes: dict[Hashable, int] = {}
     place = {key: number for number, group in enumerate(together or ()) for key in group}
     for position in reversed(range(len(items))):
         item = items[position]
-        if item.sparse:
-            plans.append(BucketPlan((position,), sparse=True))
-            continue
         if item.length == 0:
             continue
-        kind: tuple[Hashable, ...] = (item.kind,)
+        sparse = item.row_length is not None
+        kind: tuple[Hashable, ...] = (item.kind, item.row_length, item.group) if sparse else (item.kind,)
         if together is not None:
-            kind = (item.kind, place.get(item.key, ("alone", position)))
-        filling.setdefault(kind, []).append(position)
+            kind = (*kind, place.get(item.key, ("alone", position)))
+        filling.setdefault((sparse, kind), []).append(position)
         sizes[kind] = sizes.get(kind, 0) + item.length * item.width
-        if together is None and sizes[kind] >= bucket_bytes:
+        if not sparse and together is None and sizes[kind] >= bucket_bytes:
             sizes[kind] = 0
-            plans.append(BucketPlan(tuple(filling.pop(kind))))
-    return plans + [BucketPlan(tuple(positions)) for positions in filling.values()]
+            plans.append(BucketPlan(tuple(filling.pop((sparse, kind)))))
+    return plans + [BucketPlan(tuple(positions), sparse) for (sparse, _), positions in filling.items()]
 
 
 def shared_buckets(groups: int | Sequence[Sequence[Key]] | None, keys: Sequence[Key]) -> list[list[Key]] | None:

@@ -252,23 +252,41 @@ class Ops(SmallOps, Protocol):
 
     # --- sparse operations ---
 
-    def tag(self, rows: Tensor, rank: int) -> Tensor:
-        """``[(rank, row), ...]``"""
+    def pack_rows(self, rows: Tensor, values: Tensor, rank: int, workers: int) -> Tensor:
+        """Rows and their values as one matrix of the values' type: a row's first elements say which it is, and whose.
+
+        They are the bytes of ``row * workers + rank``, of which nothing must be computed.
+        """
         ...
 
-    def sparse_consensus(self, owners: Tensor, rows: Tensor, values: Tensor, workers: int) -> Tensor:
-        """:func:`consensus` of gradients given as rows that belong to workers, distinct for each."""
+    def unpack_rows(self, packed: Tensor, workers: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Undo :func:`pack_rows`, for those of all workers: owners, rows and values."""
         ...
 
-    def sparse_gramian(self, owners: Tensor, rows: Tensor, values: Tensor, workers: int) -> Tensor:
+    def distinct(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows, each of them once, and for each of ``rows`` its place among them."""
+        ...
+
+    def sum_rows(self, values: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+        """Add up the values that have one place among :func:`distinct` rows.
+
+        They are added in a fixed order, so that every rank computes the same bits.
+        """
+        ...
+
+    def sparse_consensus(self, owners: Tensor, places: Tensor, summed: Tensor, values: Tensor, workers: int) -> Tensor:
+        """:func:`consensus` of gradients given as rows that belong to workers, distinct for each.
+
+        ``summed`` is their :func:`sum_rows`.
+        """
+        ...
+
+    def sparse_gramian(self, owners: Tensor, places: Tensor, rows: Tensor, values: Tensor, workers: int) -> Tensor:
         """:func:`gramian` of gradients given as rows that belong to workers, distinct for each."""
         ...
 
-    def sparse_combine(self, owners: Tensor, rows: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weigh each row by its owner's weight and add equal rows up; returns rows and values.
-
-        Product and sum are separate steps in a fixed order, so that every rank computes the same bits.
-        """
+    def sparse_weigh(self, owners: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+        """Multiply each row by its owner's weight."""
         ...
 
     # --- comparing replicas ---

@@ -470,50 +470,55 @@ def _assemble(length: int, dtype: tf.DType, pieces: Sequence[tuple[int, int, tf.
 # --- sparse operations ----------------------------------------------------------------------
 
 
-def tag(rows: tf.Tensor, rank: int) -> tf.Tensor:
-    """``[(rank, row), ...]``"""
-    return tf.stack([tf.fill(tf.shape(rows), tf.cast(rank, rows.dtype)), rows], 1)
+def pack_rows(rows: tf.Tensor, values: tf.Tensor, rank: int, workers: int) -> tf.Tensor:
+    """Rows and their values as one matrix of the values' type."""
+    keys = tf.bitcast(rows * workers + rank, values.dtype)
+    return tf.concat([tf.reshape(keys, (-1, tf.int64.size // values.dtype.size)), values], 1)
 
 
-def distinct(rows: tf.Tensor, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Add the values of equal rows up. Rows keep the order in which they first appear.
-
-    Rows are added in that order too, whatever the machine, so that every rank gets the same bits.
-    """
-    unique, position = tf.unique(rows)
-    return unique, tf.math.unsorted_segment_sum(values, position, tf.size(unique))
+def unpack_rows(packed: tf.Tensor, workers: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Undo :func:`pack_rows`: owners, rows and values."""
+    width = tf.int64.size // packed.dtype.size
+    keys = tf.bitcast(packed[:, :width] if width > 1 else packed[:, 0], tf.int64)
+    return keys % workers, keys // workers, packed[:, width:]
 
 
-def sparse_consensus(owners: tf.Tensor, rows: tf.Tensor, values: tf.Tensor, workers: int) -> tf.Tensor:
+def distinct(rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The rows, each of them once, in the order in which they first appear, and for each of ``rows`` its place."""
+    unique, places = tf.unique(rows)
+    return unique, places
+
+
+def sum_rows(values: tf.Tensor, places: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Add up the values that have one place among distinct ``rows``."""
+    return tf.math.unsorted_segment_sum(_working(values), places, tf.size(rows))
+
+
+def sparse_consensus(
+    owners: tf.Tensor, places: tf.Tensor, summed: tf.Tensor, values: tf.Tensor, workers: int
+) -> tf.Tensor:
     """:func:`consensus` of gradients given as rows that belong to workers, distinct for each."""
     values = _working(values)
-    unique, position = tf.unique(rows)
-    summed = tf.math.unsorted_segment_sum(values, position, tf.size(unique))
-    dots = tf.reduce_sum(wide(values) * wide(tf.gather(summed, position)), 1)
+    dots = tf.reduce_sum(wide(values) * wide(tf.gather(summed, places)), 1)
     squares = tf.reduce_sum(wide(values) * wide(values), 1)
     return tf.math.unsorted_segment_sum(tf.stack([dots, squares], 1), owners, workers)
 
 
-def sparse_gramian(owners: tf.Tensor, rows: tf.Tensor, values: tf.Tensor, workers: int) -> tf.Tensor:
+def sparse_gramian(owners: tf.Tensor, places: tf.Tensor, rows: tf.Tensor, values: tf.Tensor, workers: int) -> tf.Tensor:
     """:func:`gramian` of gradients given as rows that belong to workers, distinct for each."""
     values = _working(values)
-    unique, position = tf.unique(rows)
-    count = tf.cast(tf.size(unique), tf.int64)
-    place = tf.cast(owners, tf.int64) * count + tf.cast(position, tf.int64)
+    count = tf.cast(tf.size(rows), tf.int64)
+    place = owners * count + tf.cast(places, tf.int64)
     dense = tf.math.unsorted_segment_sum(values, place, workers * count)
     dense = wide(tf.reshape(dense, (workers, count * tf.cast(tf.shape(values)[1], tf.int64))))
     result = tf.matmul(dense, dense, transpose_b=True)
     return tf.ensure_shape(result, (workers, workers))
 
 
-def sparse_combine(
-    owners: tf.Tensor, rows: tf.Tensor, values: tf.Tensor, weights: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Weigh each row by its owner's weight and add equal rows up; returns rows and values."""
-    weighted = _working(values)
-    weighted = weighted * tf.gather(tf.cast(weights, weighted.dtype), owners)[:, None]
-    unique, summed = distinct(rows, weighted)
-    return unique, tf.cast(summed, values.dtype)
+def sparse_weigh(owners: tf.Tensor, values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Multiply each row by its owner's weight."""
+    values = _working(values)
+    return values * tf.gather(tf.cast(weights, values.dtype), owners)[:, None]
 
 
 # --- comparing replicas ---------------------------------------------------------------------

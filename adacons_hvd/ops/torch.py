@@ -543,18 +543,36 @@ def _flips(step: torch.Tensor, count: int) -> torch.Tensor:
 # --- sparse operations ----------------------------------------------------------------------
 
 
-def tag(rows: torch.Tensor, rank: int) -> torch.Tensor:
-    """``[(rank, row), ...]``"""
-    return torch.stack([torch.full_like(rows, rank), rows], dim=1)
+def pack_rows(rows: torch.Tensor, values: torch.Tensor, rank: int, workers: int) -> torch.Tensor:
+    """Rows and their values as one matrix of the values' type."""
+    return torch.cat([(rows * workers + rank)[:, None].view(values.dtype), values], 1)
 
 
-def sparse_consensus(owners: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, workers: int) -> torch.Tensor:
+def unpack_rows(packed: torch.Tensor, workers: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Undo :func:`pack_rows`: owners, rows and values."""
+    width = torch.int64.itemsize // packed.element_size()
+    keys = packed[:, :width].contiguous().view(torch.int64)[:, 0]
+    return keys % workers, keys // workers, packed[:, width:]
+
+
+def distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows, each of them once and in order, and for each of ``rows`` its place among them."""
+    unique, places = torch.unique(rows, return_inverse=True)
+    return unique, places
+
+
+def sum_rows(values: torch.Tensor, places: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Add up the values that have one place among distinct ``rows``."""
+    values = _working(values)
+    return _added(values.new_zeros((len(rows), values.shape[1])), places, values)
+
+
+def sparse_consensus(
+    owners: torch.Tensor, places: torch.Tensor, summed: torch.Tensor, values: torch.Tensor, workers: int
+) -> torch.Tensor:
     """:func:`consensus` of gradients given as rows that belong to workers, distinct for each."""
     values = _working(values)
-    _, position = torch.unique(rows, return_inverse=True)
-    count = int(position.max()) + 1 if len(position) else 0
-    summed = _added(values.new_zeros((count, values.shape[1])), position, values)
-    moments_ = torch.stack([(values * summed[position]).sum(1), (values * values).sum(1)], dim=1).double()
+    moments_ = torch.stack([(values * summed[places]).sum(1), (values * values).sum(1)], dim=1).double()
     return _added(zeros((workers, 2), values), owners, moments_)
 
 
@@ -569,28 +587,20 @@ def _added(matrix: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> to
     return matrix.index_put_((rows,), values, accumulate=True)  # sorts by row first
 
 
-def sparse_gramian(owners: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, workers: int) -> torch.Tensor:
+def sparse_gramian(
+    owners: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, workers: int
+) -> torch.Tensor:
     """:func:`gramian` of gradients given as rows that belong to workers, distinct for each."""
     values = _working(values)
-    _, position = torch.unique(rows, return_inverse=True)
-    count = int(position.max()) + 1 if len(position) else 0
-    dense = values.new_zeros((workers, count, values.shape[1]))
-    dense[owners, position] = values
+    dense = values.new_zeros((workers, len(rows), values.shape[1]))
+    dense[owners, places] = values
     return gramian(dense.reshape(workers, -1))
 
 
-def sparse_combine(
-    owners: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weigh each row by its owner's weight and add equal rows up; returns rows and values.
-
-    Product and sum are separate steps in a fixed order, so that every rank computes the same bits.
-    """
-    weighted = _working(values)
-    weighted = weighted * weights.to(weighted.dtype)[owners][:, None]
-    height = int(rows.max()) + 1 if len(rows) else 0
-    summed = torch.sparse_coo_tensor(rows[None], weighted, (height, values.shape[1]), check_invariants=False).coalesce()
-    return summed.indices()[0], summed.values().to(values.dtype)
+def sparse_weigh(owners: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Multiply each row by its owner's weight."""
+    values = _working(values)
+    return values * weights.to(values.dtype)[owners][:, None]
 
 
 # --- comparing replicas ---------------------------------------------------------------------

@@ -14,10 +14,10 @@ __all__ = ["SparseBucket"]
 
 @dataclass
 class SparseBucket(Bucket):
-    """One parameter's row-sparse gradient: distinct ``rows`` (int64) and their ``values``, a matrix.
+    """Row-sparse gradients of parameters with rows of one length: distinct ``rows`` (int64) and ``values``, a matrix.
 
-    Workers touch different rows, so sums and shards are of no use; one allgather shows everyone
-    everyone's rows, and nothing has to be sent a second time.
+    Rows of several parameters are numbered through. Workers touch different rows, so sums and shards are of no use;
+    one allgather shows everyone everyone's rows, and nothing has to be sent a second time.
     """
 
     name: str
@@ -25,23 +25,22 @@ class SparseBucket(Bucket):
     values: Tensor
     group: int
     collectives: Collectives
-    owners: Tensor = None
     complete: bool = True
     needs_all: bool = True
     memory: Memory = field(default_factory=dict)
     unscale: Tensor | float = 1.0
-    _pending: tuple[Pending, Pending] | None = None
+    _pending: Pending | None = None
+    #: Of everyone's rows: whose each is, and its place among the distinct ones.
+    _owners: Tensor = None
+    _places: Tensor = None
 
     @property
     def reference(self) -> Tensor:
         return self.values
 
     def begin(self) -> None:
-        tagged = ops_for(self.rows).tag(self.rows, self.collectives.rank)
-        self._pending = (
-            self.collectives.allgather_rows(tagged, f"{self.name}.rows"),
-            self.collectives.allgather_rows(self.values, f"{self.name}.values"),
-        )
+        packed = ops_for(self.rows).pack_rows(self.rows, self.values, self.collectives.rank, self.collectives.size)
+        self._pending = self.collectives.allgather_rows(packed, self.name)
         self.begun = True
 
     def abandon(self) -> None:
@@ -49,16 +48,20 @@ class SparseBucket(Bucket):
         self.begun = False
 
     def shares(self, gramian: bool) -> list[Share]:
-        ops = ops_for(self.rows)
-        tagged, self.values = self._arrive()
-        self.owners, self.rows = tagged[:, 0], tagged[:, 1]
-        table = ops.sparse_gramian if gramian else ops.sparse_consensus
-        return [Share(self.group, table(self.owners, self.rows, self.values, self.collectives.size))]
+        ops, workers = ops_for(self.rows), self.collectives.size
+        self._owners, rows, self.values = ops.unpack_rows(self._arrive(), workers)
+        self.rows, self._places = ops.distinct(rows)
+        if gramian:
+            table = ops.sparse_gramian(self._owners, self._places, self.rows, self.values, workers)
+        else:
+            summed = ops.sum_rows(self.values, self._places, self.rows)
+            table = ops.sparse_consensus(self._owners, self._places, summed, self.values, workers)
+        return [Share(self.group, table)]
 
     def combine(self, combination: Combination) -> None:
         ops = ops_for(self.rows)
-        own = combination.weights[self.group]
-        self.rows, self.values = ops.sparse_combine(self.owners, self.rows, self.values, own)
+        weighed = ops.sparse_weigh(self._owners, self.values, combination.weights[self.group])
+        self.values = ops.cast_like(ops.sum_rows(weighed, self._places, self.rows), self.values)
 
     def finish(self) -> None:
         self.begun = False
@@ -70,8 +73,7 @@ class SparseBucket(Bucket):
     def blank_unless(self, condition: Tensor) -> None:
         self.values = ops_for(self.values).blank_unless(condition, self.values)
 
-    def _arrive(self) -> tuple[Tensor, Tensor]:
+    def _arrive(self) -> Tensor:
         assert self._pending is not None, f"bucket {self.name} has nothing under way"
-        rows, values = (pending.wait() for pending in self._pending)
-        self._pending = None
-        return rows, values
+        packed, self._pending = self._pending.wait(), None
+        return packed

@@ -7,6 +7,7 @@ layout; the buckets themselves are made of tensors and live for one trace of one
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from horovod.tensorflow.compression import Compression
 
 from ..collectives.horovod_tensorflow import make_variable
 from ..engine.plan import Item, plan_buckets, segments
-from ..ops.tensorflow import distinct, past_room
+from ..ops.tensorflow import distinct, past_room, sum_rows
 from ..schedules import Bucket, DenseBucket, Schedule, SparseBucket
 
 __all__ = ["DensePacking", "Kept", "Packing", "Slot", "SparsePacking", "pack"]
@@ -43,6 +44,11 @@ class Slot:
         for side in self.shape:
             length *= side
         return length
+
+    @property
+    def row_length(self) -> int:
+        """How many of them are in one row."""
+        return self.length // max(self.shape[0], 1)
 
     def signature(self) -> Any:
         """The gradient's type, for the signature of a ``tf.function``; a sparse one's number of rows is left open."""
@@ -143,23 +149,32 @@ class DensePacking(Packing):
 
 @dataclass(frozen=True)
 class SparsePacking(Packing):
-    """A single slot whose gradient has few non-zero rows, as an embedding's."""
+    """Slots whose gradients have few non-zero rows, of one length, as embeddings'; their rows are numbered through."""
 
     name: str
     slots: Sequence[Slot]
 
     def pack(self, gradients: Mapping[int, Gradient], schedule: Schedule) -> SparseBucket:
-        (slot,) = self.slots
-        gradient = gradients[slot.index]
-        width = slot.length // max(slot.shape[0], 1)
+        slices = [gradients[slot.index] for slot in self.slots]
+        starts = itertools.accumulate((slot.shape[0] for slot in self.slots), initial=0)
+        rows = tf.concat([some.indices + start for some, start in zip(slices, starts, strict=False)], 0)
+        values = tf.concat([tf.reshape(some.values, (-1, self.slots[0].row_length)) for some in slices], 0)
         # Repeated rows must be added up before they are squared.
-        rows, values = distinct(gradient.indices, tf.reshape(gradient.values, (-1, width)))
-        return SparseBucket(self.name, rows, values, slot.group, schedule.collectives)
+        once, places = distinct(rows)
+        values = tf.cast(sum_rows(values, places, once), values.dtype)
+        return SparseBucket(self.name, once, values, self.slots[0].group, schedule.collectives)
 
     def unpack(self, bucket: SparseBucket) -> dict[int, Gradient]:
-        (slot,) = self.slots
-        values = tf.reshape(bucket.values, (-1, *slot.shape[1:]))
-        return {slot.index: tf.IndexedSlices(values, bucket.rows, tf.constant(slot.shape, tf.int64))}
+        starts = list(itertools.accumulate((slot.shape[0] for slot in self.slots), initial=0))[:-1]
+        whose = tf.searchsorted(tf.constant(starts, tf.int64), bucket.rows, side="right") - 1
+        rows = tf.dynamic_partition(bucket.rows, whose, len(starts))
+        values = tf.dynamic_partition(bucket.values, whose, len(starts))
+        return {
+            slot.index: tf.IndexedSlices(
+                tf.reshape(values[i], (-1, *slot.shape[1:])), rows[i] - starts[i], tf.constant(slot.shape, tf.int64)
+            )
+            for i, slot in enumerate(self.slots)
+        }
 
 
 def pack(
@@ -175,10 +190,19 @@ def pack(
     wire, transform = _compression(compression)
 
     def dtype_of(slot: Slot) -> tf.DType:
-        return wire if wire is not None and slot.dtype.is_floating else _real(slot.dtype)
+        if wire is None or slot.sparse or not slot.dtype.is_floating:
+            return _real(slot.dtype)
+        return wire
 
     items = [
-        Item(slot.key, slot.length, slot.group, kind=dtype_of(slot), width=dtype_of(slot).size, sparse=slot.sparse)
+        Item(
+            slot.key,
+            slot.length,
+            slot.group,
+            kind=dtype_of(slot),
+            width=dtype_of(slot).size,
+            row_length=slot.row_length if slot.sparse else None,
+        )
         for slot in slots
     ]
     packings: list[Packing] = []

@@ -6,8 +6,10 @@ a bucket, :mod:`adacons_hvd.engine.plan` says.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,6 +42,11 @@ class Slot:
     def length(self) -> int:
         """How many real numbers the gradient consists of."""
         return numbers(self.parameter)
+
+    @property
+    def row_length(self) -> int:
+        """How many of them are in one row."""
+        return self.length // max(self.parameter.shape[0], 1)
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -82,7 +89,10 @@ class Packing:
 
 
 class DensePacking(Packing):
-    """Slots of one element type on one device, side by side in a flat buffer."""
+    """Slots of one element type on one device, side by side in a flat buffer.
+
+    A gradient that is alone in its packing is used where it is, if its elements lie as a buffer's do.
+    """
 
     def __init__(
         self,
@@ -99,21 +109,48 @@ class DensePacking(Packing):
         for slot in slots:
             slot.packing, slot.start = self, length
             length += slot.length
+        self._length = length
         # Shards have equal length, so the buffer is padded.
-        padded = -(-length // schedule.multiple) * schedule.multiple
-        buffer = torch.zeros(padded, dtype=dtype, device=slots[0].parameter.device)
-        self._bucket = DenseBucket(name, buffer, segments((slot.length, slot.group) for slot in slots), schedule)
-        self._views = {
-            slot: buffer[slot.start : slot.start + slot.length].view(real(slot.parameter.detach()).shape)
-            for slot in slots
-        }
+        self._padded = -(-length // schedule.multiple) * schedule.multiple
+        #: In place of a buffer between steps, and for the buffer's element type and device.
+        self._nothing = torch.empty(0, dtype=dtype, device=slots[0].parameter.device)
+        self._views: dict[Slot, torch.Tensor] = {}
+        #: Whether the bucket holds the gradient itself.
+        self._in_place = False
+        buffer = self._gradient_itself()
+        pieces = segments((slot.length, slot.group) for slot in slots)
+        self._bucket = DenseBucket(name, self._buffer if buffer is None else buffer, pieces, schedule)
 
     @property
     def bucket(self) -> DenseBucket:
         return self._bucket
 
+    @cached_property
+    def _buffer(self) -> torch.Tensor:
+        """The buffer of this packing, made when it is first needed."""
+        buffer = self._nothing.new_zeros(self._padded)
+        for slot in self.slots:
+            shape = real(slot.parameter.detach()).shape
+            self._views[slot] = buffer[slot.start : slot.start + slot.length].view(shape)
+        return buffer
+
+    def _gradient_itself(self) -> torch.Tensor | None:
+        """The only slot's gradient as a flat tensor, if it can be used in place of a buffer."""
+        gradient = self.slots[0].parameter.grad
+        if len(self.slots) > 1 or self._padded > self._length or self.compression is not None or gradient is None:
+            return None
+        if gradient.is_sparse or not (flat := real(gradient.detach())).is_contiguous():
+            return None
+        return flat.view(-1) if flat.dtype == self._nothing.dtype else None
+
     def load(self) -> None:
         super().load()
+        gradient = self._gradient_itself()
+        self._in_place = gradient is not None
+        if gradient is not None:
+            self.bucket.buffer = gradient
+            return
+        self.bucket.buffer = self._buffer
         views, gradients = [], []
         for slot in self.slots:
             view, gradient = self._views[slot], slot.parameter.grad
@@ -131,6 +168,17 @@ class DensePacking(Packing):
             torch._foreach_copy_(views, gradients)
 
     def deliver(self) -> None:
+        if self._in_place:
+            # Whoever sets gradients to None after the step expects their memory back.
+            self.bucket.buffer, self._in_place = self._nothing, False
+        else:
+            self._copy_back()
+        if self.bucket.restore is not None:
+            for slot in self.slots:
+                assert slot.parameter.grad is not None
+                slot.parameter.grad.mul_(self.bucket.restore[slot.group, 0])
+
+    def _copy_back(self) -> None:
         views, gradients = [], []
         for slot in self.slots:
             parameter, view = slot.parameter, self._views[slot]
@@ -144,23 +192,22 @@ class DensePacking(Packing):
                 gradients.append(real(gradient))
         if views:
             torch._foreach_copy_(gradients, views)
-        if self.bucket.restore is not None:
-            for slot in self.slots:
-                assert slot.parameter.grad is not None
-                slot.parameter.grad.mul_(self.bucket.restore[slot.group, 0])
 
 
 class SparsePacking(Packing):
-    """A single slot whose gradient has few non-zero rows, as an embedding's."""
+    """Slots whose gradients have few non-zero rows, of one length, as embeddings'; their rows are numbered through."""
 
-    def __init__(self, name: str, slot: Slot, schedule: Schedule) -> None:
-        self.slots = [slot]
-        self.waiting = 1
-        slot.packing = self
-        nothing = slot.parameter.new_zeros((0, slot.length // max(slot.parameter.shape[0], 1)))
-        self._bucket = SparseBucket(
-            name, nothing.new_zeros(0, dtype=torch.int64), nothing, slot.group, schedule.collectives
-        )
+    def __init__(self, name: str, slots: list[Slot], schedule: Schedule) -> None:
+        self.slots = slots
+        self.waiting = len(slots)
+        for slot in slots:
+            slot.packing = self
+        #: The number of each slot's first row, and of the row after the last one.
+        self._starts = list(itertools.accumulate((slot.parameter.shape[0] for slot in slots), initial=0))
+        self._inner_starts = torch.tensor(self._starts[1:-1], device=slots[0].parameter.device)
+        nothing = slots[0].parameter.new_zeros((0, slots[0].row_length))
+        self._nothing = nothing.new_zeros(0, dtype=torch.int64), nothing
+        self._bucket = SparseBucket(name, *self._nothing, slots[0].group, schedule.collectives)
 
     @property
     def bucket(self) -> SparseBucket:
@@ -168,19 +215,33 @@ class SparsePacking(Packing):
 
     def load(self) -> None:
         super().load()
-        gradient = self.slots[0].parameter.grad
-        width = self.bucket.values.shape[1]
-        if gradient is None:
-            self.bucket.rows = self.bucket.rows.new_zeros(0)
-            self.bucket.values = self.bucket.values.new_zeros((0, width))
-            return
-        gradient = gradient.detach()
-        gradient = gradient if gradient.is_sparse else gradient.to_sparse(1)
-        self.bucket.rows, self.bucket.values = rows_and_values(gradient)
+        gradients = [
+            (start, gradient.detach() if gradient.is_sparse else gradient.detach().to_sparse(1))
+            for slot, start in zip(self.slots, self._starts, strict=False)
+            if (gradient := slot.parameter.grad) is not None
+        ]
+        if not gradients:
+            self.bucket.rows, self.bucket.values = self._nothing
+        elif len(gradients) == 1:
+            start, gradient = gradients[0]
+            rows, self.bucket.values = rows_and_values(gradient)
+            self.bucket.rows = rows + start
+        else:
+            rows = torch.cat([gradient._indices() + start for start, gradient in gradients], 1)
+            values = torch.cat([gradient._values().flatten(1) for _, gradient in gradients])
+            shape = self._starts[-1], values.shape[1]
+            together = torch.sparse_coo_tensor(rows, values, shape, check_invariants=False)
+            self.bucket.rows, self.bucket.values = rows_and_values(together)
 
     def deliver(self) -> None:
-        (slot,) = self.slots
-        slot.parameter.grad = sparse_gradient(self.bucket.rows, self.bucket.values, slot.parameter)
+        rows, values = self.bucket.rows, self.bucket.values
+        # Rows are in order.
+        stops = [*torch.searchsorted(rows, self._inner_starts).tolist(), len(rows)]
+        first = 0
+        for slot, start, stop in zip(self.slots, self._starts, stops, strict=False):
+            parameter = slot.parameter
+            parameter.grad = sparse_gradient(rows[first:stop] - start, values[first:stop], parameter)
+            first = stop
 
 
 def pack(
@@ -196,7 +257,9 @@ def pack(
     wire, transform = _compression(compression)
 
     def dtype_of(slot: Slot) -> torch.dtype:
-        return wire if wire is not None and not slot.parameter.is_complex() else _real(slot.parameter.dtype)
+        if wire is None or slot.sparse or slot.parameter.is_complex():
+            return _real(slot.parameter.dtype)
+        return wire
 
     items = [
         Item(
@@ -205,7 +268,7 @@ def pack(
             group=slot.group,
             kind=(dtype_of(slot), slot.parameter.device),
             width=dtype_of(slot).itemsize,
-            sparse=slot.sparse,
+            row_length=slot.row_length if slot.sparse else None,
         )
         for slot in slots
     ]
@@ -213,7 +276,7 @@ def pack(
     for number, bucket in enumerate(plan_buckets(items, bucket_bytes, together)):
         members = [slots[position] for position in bucket.positions]
         if bucket.sparse:
-            packings.append(SparsePacking(f"{name}.{number}", members[0], schedule))
+            packings.append(SparsePacking(f"{name}.{number}", members, schedule))
         else:
             packings.append(DensePacking(f"{name}.{number}", members, dtype_of(members[0]), schedule, transform))
     return packings

@@ -69,7 +69,9 @@ FEATURES: dict[str, list[Case]] = {
         for g in ("model", "layer")
     ],
     "sparse gradients": [
-        plain(shapes=[(30, 4), (4, 1), (6, 2)], types=["float32"] * 3, sparse=[0, 2]),
+        plain(
+            shapes=[(30, 4), (4, 1), (6, 2), (5, 4)], types=["float32"] * 4, sparse=[0, 2, 3], missing=always((1, 3))
+        ),
         plain(shapes=[(30, 4), (4, 1)], types=["float32"] * 2, sparse=[0], granularity="layer", missing=always((0, 0))),
     ],
     "sparse gradients on some steps": [

@@ -114,8 +114,11 @@ def test_sparse_statistics_are_those_of_the_host_and_the_same_every_time():
 
     def on(device: str) -> list[torch.Tensor]:
         o, r, v = (x.to(device) for x in (owners, rows, values))
-        table, products = ops.sparse_consensus(o, r, v, 4), ops.sparse_gramian(o, r, v, 4)
-        found, summed = ops.sparse_combine(o, r, v, weights.to(device))
+        o, r, v = ops.unpack_rows(torch.cat([ops.pack_rows(r[o == k], v[o == k], k, 4) for k in range(4)]), 4)
+        found, places = ops.distinct(r)
+        table = ops.sparse_consensus(o, places, ops.sum_rows(v, places, found), v, 4)
+        products = ops.sparse_gramian(o, places, found, v, 4)
+        summed = ops.sum_rows(ops.sparse_weigh(o, v, weights.to(device)), places, found)
         return [x.cpu() for x in (table, products, found, summed)]
 
     right, first = on("cpu"), on(DEVICE)

@@ -128,25 +128,63 @@ def test_sparse_operations_agree_with_torch() -> None:
     rows = np.array([4, 1, 7, 4, 7, 1])
     values = rng.standard_normal((6, 3)).astype(np.float32)
     weights = rng.random(4)
-    mine = (tf.constant(owners), tf.constant(rows), tf.constant(values))
-    twin = (torch.from_numpy(owners), torch.from_numpy(rows), torch.from_numpy(values))
-    for name in ("sparse_consensus", "sparse_gramian"):
-        got = getattr(ours, name)(*mine, 4).numpy()
-        np.testing.assert_allclose(got, getattr(theirs, name)(*twin, 4).numpy(), rtol=1e-5)
-    got_rows, got_values = ours.sparse_combine(*mine, tf.constant(weights))
-    twin_rows, twin_values = theirs.sparse_combine(*twin, torch.from_numpy(weights))
-    order = np.argsort(got_rows.numpy())
-    assert got_rows.numpy()[order].tolist() == twin_rows.tolist()
-    np.testing.assert_allclose(got_values.numpy()[order], twin_values.numpy(), rtol=1e-6)
+    packed = [ours.pack_rows(*_of(tf.constant, rows, values, owners == k), k, 4) for k in range(4)]
+    twin = [theirs.pack_rows(*_of(torch.from_numpy, rows, values, owners == k), k, 4) for k in range(4)]
+    for one, other in zip(packed, twin, strict=True):
+        # Not as numbers: they may be anything, and anything but equal to themselves.
+        assert one.numpy().tobytes() == other.numpy().tobytes()
+    found = ours.unpack_rows(tf.concat(packed, 0), 4)
+    for one, other in zip(found, (owners, rows, values), strict=True):
+        np.testing.assert_array_equal(one.numpy(), other)
+
+    got = _sparse_results(ours, *found, tf.constant(weights))
+    expected = _sparse_results(theirs, *theirs.unpack_rows(torch.cat(twin), 4), torch.from_numpy(weights))
+    order = np.argsort(got[0])
+    assert got[0][order].tolist() == expected[0].tolist()
+    np.testing.assert_allclose(got[1][order], expected[1], rtol=1e-6)
+    np.testing.assert_allclose(got[2], expected[2], rtol=1e-5)
+    np.testing.assert_allclose(got[3], expected[3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_rows_travel_in_the_type_of_their_values(dtype: str) -> None:
+    rows, values = [0, 2**40, 7], [[1.0], [2.0], [float("inf")]]
+    mine = ours.pack_rows(tf.constant(rows, tf.int64), tf.constant(values, dtype), 2, 3)
+    twin = theirs.pack_rows(torch.tensor(rows), torch.tensor(values, dtype=getattr(torch, dtype)), 2, 3)
+    for ops, packed in ((ours, mine), (theirs, twin)):
+        assert packed.dtype == getattr(tf if ops is ours else torch, dtype)
+        assert [
+            x.numpy().tolist() if x.dtype != torch.bfloat16 else x.tolist() for x in ops.unpack_rows(packed, 3)
+        ] == [
+            [2, 2, 2],
+            rows,
+            values,
+        ]
+
+
+def _of(tensor: Any, rows: np.ndarray, values: np.ndarray, which: np.ndarray) -> tuple[Any, Any]:
+    return tensor(rows[which]), tensor(values[which])
+
+
+def _sparse_results(ops: Any, owners: Any, rows: Any, values: Any, weights: Any) -> list[np.ndarray]:
+    """Distinct rows, the weighed sums of their values, and both tables of statistics."""
+    once, places = ops.distinct(rows)
+    summed = ops.sum_rows(values, places, once)
+    tables = [
+        ops.sparse_consensus(owners, places, summed, values, 4),
+        ops.sparse_gramian(owners, places, once, values, 4),
+    ]
+    weighed = ops.sum_rows(ops.sparse_weigh(owners, values, weights), places, once)
+    return [x.numpy() for x in (once, weighed, *tables)]
 
 
 def test_sparse_operations_on_nothing() -> None:
-    nothing = (tf.zeros((0,), tf.int64), tf.zeros((0,), tf.int64), tf.zeros((0, 3)))
-    assert ours.sparse_consensus(*nothing, 2).numpy().tolist() == [[0, 0], [0, 0]]
-    assert ours.sparse_gramian(*nothing, 2).numpy().tolist() == [[0, 0], [0, 0]]
-    rows, values = ours.sparse_combine(*nothing, tf.ones(2, tf.float64))
-    assert rows.shape == (0,)
-    assert values.shape == (0, 3)
+    packed = ours.pack_rows(tf.zeros((0,), tf.int64), tf.zeros((0, 3)), 0, 4)
+    once, weighed, *tables = _sparse_results(ours, *ours.unpack_rows(packed, 4), tf.ones(4, tf.float64))
+    assert once.shape == (0,)
+    assert weighed.shape == (0, 3)
+    assert tables[0].tolist() == [[0, 0]] * 4
+    assert tables[1].tolist() == [[0] * 4] * 4
 
 
 @pytest.mark.parametrize(
