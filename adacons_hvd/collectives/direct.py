@@ -12,6 +12,7 @@ way when ranks lay out anew can be forgotten: nobody takes it for something else
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ MOST_RANKS = 64
 # How a message is marked: by its link and its channel, so many of each before marks come again.
 _CHANNELS, _LINKS = 1 << 10, 1 << 20
 
-# Channels for what every step sends beside gradients: flags, the count of ranks, statistics.
+# Channels for what every step sends beside gradients: flags, statistics.
 _KEPT_FREE = 8
 
 # MPI's groups of ranks. They live as long as MPI does: making one takes all its ranks, and so would freeing it.
@@ -210,7 +211,7 @@ class Channel:
         receive = [communicator.Recv_init([data[rank], MPI.BYTE], rank, mark) for rank in others]
         send = [communicator.Send_init([data[link.rank], MPI.BYTE], rank, mark) for rank in others]
         self._requests = [*receive, *send]
-        self._finalizer = weakref.finalize(self, _free, receive, send)
+        self._finalizer = weakref.finalize(self, _free, receive, send, os.getpid())
         self._finalizer.atexit = False
         self._under_way = False
 
@@ -236,10 +237,11 @@ class Channel:
         self._under_way = False
 
 
-def _free(receive: Sequence[Any], send: Sequence[Any]) -> None:
+def _free(receive: Sequence[Any], send: Sequence[Any], process: int) -> None:
     from mpi4py import MPI
 
-    if MPI.Is_finalized():
+    # A process that was forked, as a DataLoader's workers are, has no MPI.
+    if os.getpid() != process or MPI.Is_finalized():
         return
     for request in receive:
         if not request.Test():

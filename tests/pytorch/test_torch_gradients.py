@@ -166,6 +166,41 @@ def test_channels_last_and_other_strides(cluster):
     assert strides[0] != strides[1]
 
 
+def test_a_gradient_alone_in_its_bucket_is_used_where_it_is(cluster):
+    """Unless its elements lie otherwise than a bucket's, or are not as many as shards of equal length need."""
+
+    def case():
+        import torch
+        from torch_job import compare
+
+        import adacons_hvd.torch as hvd
+
+        def used_in_place(shape, memory_format=torch.contiguous_format, tolerance=1e-5, **options):
+            p = torch.nn.Parameter(torch.ones(shape).to(memory_format=memory_format))
+
+            def backward(step):
+                # Twice, so that what has left already changes.
+                for turn in range(2):
+                    p.backward(noise(2 * step + turn, *shape).to(memory_format=memory_format))
+
+            optimizer = wrapped([p], backward_passes_per_step=1, **options)
+            compare(optimizer, [p], backward, tolerance=tolerance)
+            (packing,) = optimizer._reducer._packings
+            copied = "_buffer" in vars(packing)
+            # Between steps nobody but the parameter holds the gradient.
+            assert copied or packing.bucket.buffer.numel() == 0
+            return not copied
+
+        return [
+            *(used_in_place((6, 4), schedule=schedule) for schedule in ("one-pass", "two-pass", "gather")),
+            used_in_place((7,)),
+            used_in_place((3, 2, 4, 4), torch.channels_last),
+            used_in_place((6, 4), compression=hvd.Compression.fp16, tolerance=1e-2),
+        ]
+
+    assert cluster.run(case) == [[True, True, True, False, False, False]] * 3
+
+
 def test_sparse_as_dense(cluster):
     def case():
         import harness
