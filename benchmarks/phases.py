@@ -14,15 +14,16 @@ import horovod.torch as hvd
 
 from adacons_hvd import AdaCons
 from adacons_hvd.collectives import horovod_torch
+from adacons_hvd.collectives.direct import Link
 from adacons_hvd.schedules import DenseBucket, Step
-from adacons_hvd.torch import reducer
 from adacons_hvd.torch.packing import DensePacking
+from adacons_hvd.torch.reducer import Reducer
 
 # What is timed, by the name of the phase. Waiting counts for the phase it happens in.
 _WAITING = "waiting"
 _PARTS: list[tuple[str, Any, str]] = [
-    ("other Python", reducer.Reducer, "synchronize"),
-    ("flags", reducer, "exchange"),
+    ("other Python", Reducer, "synchronize"),
+    ("flags", Reducer, "_exchange"),
     ("copy in", DensePacking, "load"),
     ("send", DenseBucket, "begin"),
     ("inner products", DenseBucket, "shares"),
@@ -32,6 +33,7 @@ _PARTS: list[tuple[str, Any, str]] = [
     ("result", DenseBucket, "finish"),
     ("copy out", DensePacking, "deliver"),
     (_WAITING, horovod_torch, "_wait"),
+    (_WAITING, Link, "wait_until"),
 ]
 
 

@@ -35,6 +35,22 @@ class Pending(Protocol):
         ...
 
 
+class Direct(Protocol):
+    """A way for small messages on the host that takes a fraction of a collective's time."""
+
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        """The sum of everyone's flat tensor."""
+        ...
+
+    def prepare(self, tensor: Tensor, name: str) -> bool:
+        """Whether tensors like this one can be gathered; to be asked once, by all workers in the same order."""
+        ...
+
+    def gather(self, tensor: Tensor, name: str) -> Pending:
+        """Everyone's flat tensor, concatenated in rank order."""
+        ...
+
+
 class Collectives(Protocol):
     """A group of workers. All of them call the same operations with the same names."""
 
@@ -45,6 +61,11 @@ class Collectives(Protocol):
     kind: str
     #: Whether a bucket may begin before it is known that all workers are here, if it begins with a sum.
     may_begin_with_sums: bool
+
+    @property
+    def direct(self) -> Direct | None:
+        """A shorter way for small messages, while it is known that all workers are here; None where there is none."""
+        ...
 
     # Where `out` is given, the result is put there if the library can. It may be `tensor` itself
     # in allreduce. Only what wait() returns is sure to be the result.

@@ -43,6 +43,7 @@ class TorchDistributed:
     seconds_between_interrupts = 1.0
     may_begin_with_sums = False
     in_order = True
+    direct = None
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
         self.group = group

@@ -32,6 +32,7 @@ class HorovodTensorFlow:
     """
 
     may_begin_with_sums = False
+    direct = None
     kind = "horovod.tensorflow"
 
     def __init__(self, process_set: hvd.ProcessSet = hvd.global_process_set, dense: str = "", sparse: str = "") -> None:

@@ -10,6 +10,7 @@ import torch
 from horovod.torch import mpi_ops as hvd
 
 from . import Pending, ready
+from .direct import Link
 
 # Horovod has no function for these element types. Moving data needs none: the bytes travel as
 # integers of the same width. Adding does, so a sum is made in float32.
@@ -26,6 +27,8 @@ class HorovodTorch:
 
     may_begin_with_sums = True
     in_order = False
+    #: Set by whoever knows that all workers are here and have it.
+    direct: Link | None = None
     kind = "horovod.torch"
 
     def __init__(self, process_set: hvd.ProcessSet = hvd.global_process_set) -> None:
@@ -52,8 +55,9 @@ class HorovodTorch:
         handle = hvd._allreduce_async(carried, into, name, hvd.Sum, prescale, postscale, self.process_set)
 
         def finish() -> torch.Tensor:
-            summed = _wait(handle)
-            return result if summed is result else result.copy_(summed)
+            # Horovod itself forgets which tensors these were if a script calls hvd.init() again.
+            _wait(handle)
+            return result if into is result else result.copy_(into)
 
         return ready(finish, lambda: hvd.poll(handle))
 

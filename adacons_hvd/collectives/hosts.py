@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from ..ops.torch import combine
-from . import Collectives, Pending, ready
+from . import Collectives, Direct, Pending, ready
 
 __all__ = ["Hosts"]
 
@@ -53,6 +53,11 @@ class Hosts:
         self._across = [ranks[self.place] for ranks in hosts]
         #: What is under way by the first of two operations, in the order of beginning.
         self._first_halves: list[_Chain] = []
+
+    @property
+    def direct(self) -> Direct | None:
+        """The short way of all ranks, for what is summed over all of them."""
+        return self._everyone.direct
 
     # --- what moves gradients -------------------------------------------------------------------
 

@@ -160,6 +160,10 @@ class Arrival:
     was_without_some: bool = False
     #: The intervals of the whole gradient whose means of earlier steps it holds.
     held: Sequence[tuple[int, int]] = ()
+    #: Its rank in MPI's world, if it can send messages directly; else -1.
+    world_rank: int = -1
+    #: How many such ways it has made.
+    links: int = 0
 
 
 def agree(collectives: Collectives, mine: Arrival, description: Mapping[str, Any], name: str) -> list[Arrival]:

@@ -101,6 +101,8 @@ class Transfer:
     arrived: Tensor = None
     #: Whether the first collective is no sum, and so must not begin before it is known that all workers are here.
     needs_all: bool = False
+    #: Whether it goes the direct way for small messages.
+    direct: bool = False
 
     def __init__(self, schedule: Schedule) -> None:
         self.collectives = schedule.collectives
@@ -156,6 +158,8 @@ class Bucket:
     complete: bool
     #: Whether it must not begin before it is known that all workers are here.
     needs_all: bool = False
+    #: Whether the first collective goes the direct way for small messages.
+    direct: bool = False
     begun: bool = False
     #: The aggregator's memory of earlier steps, and the factor that gradients had to be multiplied by
     #: to undo a loss scale: in this step, or in the last if this one begins during backward.
@@ -223,7 +227,7 @@ class DenseBucket(Bucket):
         self.half = ops.is_half(self.buffer)
         self.complete = self.schedule.complete
         self._transfer = self.schedule.transfer(self)
-        self.needs_all = self._transfer.needs_all
+        self.needs_all, self.direct = self._transfer.needs_all, self._transfer.direct
         if self.schedule.history and self.past is None:
             start, stop = self.schedule.kept(self.length)
             self.past = ops.past_room(self.buffer, self.schedule.history, stop - start)

@@ -37,8 +37,12 @@ class Gather(Schedule):
     sees_all = True
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
-        summed = self.collectives.may_begin_with_sums and _is_little(bucket.bytes, self.collectives.size)
-        return _SummedTransfer(self) if summed else _GatherTransfer(self)
+        if not _is_little(bucket.bytes, self.collectives.size):
+            return _GatherTransfer(self)
+        direct = self.collectives.direct
+        if direct is not None and direct.prepare(bucket.buffer, _rows(bucket)):
+            return _DirectTransfer(self)
+        return _SummedTransfer(self) if self.collectives.may_begin_with_sums else _GatherTransfer(self)
 
     def kept(self, length: int) -> tuple[int, int]:
         return 0, length
@@ -55,12 +59,17 @@ def _is_little(size: float, workers: int) -> bool:
     return size * workers <= _SUMMED
 
 
+def _rows(bucket: DenseBucket) -> str:
+    """The name of the message."""
+    return f"{bucket.name}.rows"
+
+
 class _GatherTransfer(RowsTransfer):
     needs_all = True
 
     def begin(self, bucket: DenseBucket) -> Pending:
         scratch = self.scratch(bucket, "rows", bucket.length * self.collectives.size)
-        return self.collectives.allgather(bucket.buffer, f"{bucket.name}.rows", out=scratch)
+        return self.collectives.allgather(bucket.buffer, _rows(bucket), out=scratch)
 
     def pieces(self, bucket: DenseBucket) -> Iterator[Segment]:
         return iter(bucket.segments)
@@ -72,6 +81,14 @@ class _GatherTransfer(RowsTransfer):
         return Done(combined)
 
 
+class _DirectTransfer(_GatherTransfer):
+    direct = True
+
+    def begin(self, bucket: DenseBucket) -> Pending:
+        assert self.collectives.direct is not None
+        return self.collectives.direct.gather(bucket.buffer, _rows(bucket))
+
+
 class _SummedTransfer(_GatherTransfer):
     needs_all = False
 
@@ -79,4 +96,4 @@ class _SummedTransfer(_GatherTransfer):
         workers = self.collectives.size
         scratch = self.scratch(bucket, "rows", bucket.length * workers)
         rows = ops_for(bucket.buffer).placed(bucket.buffer, self.collectives.rank, workers, out=scratch)
-        return self.collectives.allreduce(rows, f"{bucket.name}.rows", out=rows)
+        return self.collectives.allreduce(rows, _rows(bucket), out=rows)

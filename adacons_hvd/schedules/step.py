@@ -183,7 +183,11 @@ class Step:
         # A worker that has left with hvd.join() adds zeros to this sum, so it is seen as absent.
         message = ops.concat([ops.reshape(table, (-1,)), ops.reshape(ops.in_row(here, rank, workers), (-1,))])
         message = ops_for(reference).beside(message, reference)
-        message = self.collectives.allreduce(message, f"{self.name}.table", out=message).wait()
+        direct, name = self.collectives.direct, f"{self.name}.table"
+        if direct is None:
+            message = self.collectives.allreduce(message, name, out=message).wait()
+        else:
+            message = direct.sum(message, name)
         table = ops.reshape(read(message[:-workers]), (self.groups, workers, width))
         present = ops.zeros((self.groups, workers), table) + read(message[-workers:]) > 0
         return Statistics.read(table, present, gramian, history)

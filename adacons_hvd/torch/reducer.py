@@ -25,16 +25,18 @@ its first collective is a sum, which may leave whoever is here.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import horovod.torch as hvd
 import torch
-from horovod.torch.mpi_ops import HorovodInternalError
+from horovod.torch.mpi_ops import HorovodInternalError, mpi_enabled, mpi_lib
 
 from .. import agreement
 from ..collectives import Pending, host_name
+from ..collectives.direct import MOST_RANKS, Link, Meeting, links_made, pause, world_rank
 from ..collectives.horovod_torch import HorovodTorch
 from ..collectives.hosts import Hosts
 from ..costs import Choice
@@ -64,6 +66,12 @@ class Reducer:
     _full: list[Packing]
     #: The count of ranks under way, and whether it came to all with the same layout.
     _rank_count: Pending | None
+    #: What Horovod still carries, though nobody needs it: flags that came the direct way, and the sign of life of a
+    #: direct way that is closed. Each must have come to its end before the next of its name.
+    _flags_under_way: Pending | None
+    _alive: Pending | None
+    #: Where flags go the direct way.
+    _flags_meeting: Meeting | None
     _unanimous: bool | None
     #: Whether packings may leave during backward, and whether that takes a count of ranks.
     _overlaps: bool
@@ -109,6 +117,7 @@ class Reducer:
         self._generation = numbering.generation
         #: Taken in the first step.
         self._number: int | None = None
+        self._flags_under_way = self._alive = None
 
     def _keep_up(self) -> None:
         """Start again if Horovod has been initialised anew: an elastic job's workers have changed."""
@@ -231,7 +240,7 @@ class Reducer:
             replicas=int(self._taken_digest.read()) or 1 if current and self._taken_digest is not None else 0,
             loss=loss,
         )
-        ruling = decide(mine, exchange(self._collectives, mine, self.name))
+        ruling = decide(mine, self._exchange(mine))
         if ruling.verdict is Verdict.DISAGREE:
             agreement.confirm(self._collectives, self._description(slots), self.name)
         if ruling.recall is not Recall.NOTHING:
@@ -246,9 +255,52 @@ class Reducer:
         new_layout = ruling.verdict in (Verdict.RELAYOUT, Verdict.ONLY_SUMS)
         if new_layout:
             self._lay_out(self._draft() if current else slots, digest, ruling.verdict is Verdict.ONLY_SUMS)
+        if self._collectives.direct is not None:
+            self._rely_on(self._collectives.direct)
         self._age = 0 if new_layout else self._age + 1
         self._taken_digest = self._take_digest() if is_due(self._age, self.settings.check_replicas) else None
         return ruling.loss
+
+    def _exchange(self, mine: Message) -> list[Message | None]:
+        """:func:`exchange`, the direct way if that is open.
+
+        Of ranks that have left with ``hvd.join()`` it knows nothing. So messages go both ways, and what comes first
+        counts.
+        """
+        if self._flags_under_way is not None:
+            self._flags_under_way.wait()
+        self._flags_under_way = flags = _send(self._collectives, mine, self.name)
+        meeting = self._flags_meeting
+        if meeting is not None:
+            meeting.begin(torch.tensor(mine.row()))
+            started = time.perf_counter()
+            while not flags.done():
+                if meeting.over():
+                    return _messages(meeting.rows)
+                pause(started)
+        self._flags_under_way = None
+        return _messages(flags.wait())
+
+    def _rely_on(self, link: Link) -> None:
+        """Prepare to send all else in this step the direct way: all ranks are here, and take it."""
+        if self._flags_meeting is not None:
+            # In this step, because a rank may leave after it.
+            self._flags_meeting.end()
+        alive, self._alive = link.alive or self._alive, None
+        if alive is not None:
+            alive.wait()
+        one = torch.ones(1)
+        link.alive = self._collectives.allreduce(one, f"{self.name}.alive", out=one)
+
+    def end_what_nobody_needs(self) -> None:
+        """Wait for what Horovod still carries for this reducer, though its content is known."""
+        link = self._collectives.direct
+        for under_way in (self._flags_under_way, self._alive, None if link is None else link.alive):
+            if under_way is not None:
+                under_way.wait()
+        self._flags_under_way = self._alive = None
+        if link is not None:
+            link.alive = None
 
     def _everyones(self, text: str) -> list[str]:
         return [data.decode() for data in self._collectives.allgather_bytes(text.encode(), f"{self.name}.how")]
@@ -339,8 +391,26 @@ class Reducer:
         self._counts_ranks = False
         self._rank_count = None
         self._unanimous = None
+        self._unlink()
         self._age = 0
         self._taken_digest = None
+
+    def _unlink(self) -> None:
+        """Take the direct way no more, and forget what is on it."""
+        link, self._collectives.direct = self._collectives.direct, None
+        self._flags_meeting = None
+        if link is not None:
+            self._alive = link.alive
+            link.drop()
+
+    def _link(self, arrivals: Sequence[Arrival]) -> None:
+        """Take the direct way if all ranks have it, for gradients on the host."""
+        ranks = [arrival.world_rank for arrival in arrivals]
+        if min(ranks) < 0 or len(ranks) > MOST_RANKS:
+            return
+        link = Link(ranks, self._collectives.rank, 1 + max(arrival.links for arrival in arrivals))
+        self._collectives.direct = link
+        self._flags_meeting = link.meeting("flags", torch.tensor(Message().row()))
 
     def _draft(self) -> list[Slot]:
         """Slots for the parameters as they are now."""
@@ -353,6 +423,7 @@ class Reducer:
     def _lay_out(self, slots: list[Slot], digest: int, joined: bool) -> None:
         """Make packings of slots that all ranks have alike."""
         arrivals: list[Arrival] = []
+        self._unlink()
         if joined:
             self._choice = self._only_sums()
         else:
@@ -379,6 +450,8 @@ class Reducer:
         together = not (schedule.overlaps or joined) and self._step.may_begin_early
         self._begins_with_flags = together and not needs_all
         if not joined:
+            # What goes the direct way is too quick to gain by leaving before the flags have told that all are here.
+            together = together and not all(packing.bucket.direct for packing in self._packings)
             self._counts_ranks = (self._overlaps or together) and needs_all
             self._begins_if_all_here = self._overlaps or (together and needs_all)
         else:
@@ -416,8 +489,11 @@ class Reducer:
             memory=(self.state.digest(), self.state.steps),
             was_without_some=self._joined,
             held=self.state.history.held([slot.length for slot in slots], self._aggregator.history),
+            world_rank=self._world_rank(slots),
+            links=links_made(),
         )
         arrivals = agree(self._collectives, mine, self._description(slots), self.name)
+        self._link(arrivals)
         # A parameter may have a sparse gradient on one rank and none yet on another.
         for index in {i for arrival in arrivals for i in arrival.sparse}:
             slots[index].sparse = True
@@ -447,6 +523,12 @@ class Reducer:
             self.name,
         )
         return choice, arrivals
+
+    @staticmethod
+    def _world_rank(slots: Sequence[Slot]) -> int:
+        """This rank's number in MPI's world, or -1 where gradients cannot go the direct way."""
+        on_host = all(slot.parameter.device.type == "cpu" for slot in slots)
+        return world_rank() if on_host and mpi_enabled() else -1
 
     def _only_sums(self) -> Choice:
         if self.settings.workers == "host":
@@ -506,6 +588,25 @@ class Reducer:
 _reducers: weakref.WeakSet[Reducer] = weakref.WeakSet()
 
 
+def _ending_before(join: Callable[..., int]) -> Callable[..., int]:
+    """Horovod's ``join``, called when nothing is under way.
+
+    Once a rank has joined, Horovod adds zeros for it even to what it had begun before, and never ends that: the others
+    would take it for absent in its last step, and it would wait for ever when it comes back.
+    """
+
+    def joining(*arguments: Any) -> int:
+        for reducer in list(_reducers):
+            reducer.end_what_nobody_needs()
+        return join(*arguments)
+
+    return joining
+
+
+# Below hvd.join(), which scripts import from wherever they like.
+mpi_lib.horovod_torch_join = _ending_before(mpi_lib.horovod_torch_join)
+
+
 def reducer_of(parameters: Iterable[torch.Tensor]) -> Reducer | None:
     """The reducer that looks after one of these parameters and has gradients that it did not aggregate, if any."""
     waiting = [reducer for reducer in list(_reducers) if reducer.pending]
@@ -520,10 +621,17 @@ def exchange(collectives: HorovodTorch, mine: Message, name: str) -> list[Messag
     A sum, because that is the one collective which goes on working after a ``join``; and on the
     host, so that an accelerator is never waited for.
     """
-    row = mine.row()
-    table = torch.zeros((collectives.size, len(row)), dtype=torch.int64)
-    table[collectives.rank] = torch.tensor(row)
-    table = collectives.allreduce(table, f"{name}.flags", out=table).wait()
+    return _messages(_send(collectives, mine, name).wait())
+
+
+def _send(collectives: HorovodTorch, mine: Message, name: str) -> Pending:
+    row = torch.tensor(mine.row())
+    table = row.new_zeros((collectives.size, len(row)))
+    table[collectives.rank] = row
+    return collectives.allreduce(table, f"{name}.flags", out=table)
+
+
+def _messages(table: torch.Tensor) -> list[Message | None]:
     return [Message.from_row(row) for row in table.tolist()]
 
 

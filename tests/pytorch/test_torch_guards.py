@@ -237,6 +237,37 @@ def test_what_is_no_fault_raises_nothing(cluster):
     cluster.run(case)
 
 
+@pytest.mark.ranks(3, launcher="mpi")
+def test_ranks_that_join_at_once_were_there_until_then(cluster):
+    """A rank joins as soon as it has taken its last step, of which Horovod may still carry something."""
+
+    def case():
+        import random
+
+        import harness
+        import torch
+        from torch_job import Batches, assert_equal_bits, loss_of, network
+
+        import adacons_hvd.torch as hvd
+
+        model, batches, chance = network(), Batches(), random.Random(3)
+        optimizer, _ = distributed(model, schedule="gather")
+        for _ in range(15):
+            steps = [chance.randint(1, 4) for _ in range(3)]
+            for step in range(steps[harness.rank()]):
+                optimizer.zero_grad()
+                loss_of(model, batches).backward()
+                optimizer.step()
+                assert optimizer.report.present == [[step < length for length in steps]]
+            hvd.join()
+            for number, p in enumerate(model.parameters()):
+                hvd.broadcast_(p.data, root_rank=steps.index(max(steps)), name=f"parameter.{number}")
+        assert_equal_bits(list(model.parameters()))
+        return torch.isfinite(next(model.parameters())).all().item()
+
+    assert cluster.run(case) == [True] * 3
+
+
 @pytest.mark.ranks(2, launcher="mpi")
 def test_sharded_parameters_are_refused_in_a_sentence(cluster):
     def case():

@@ -1,0 +1,261 @@
+"""Small messages straight from rank to rank, by mpi4py, where Horovod runs over MPI.
+
+Whatever Horovod is given waits for its thread, which wakes once a millisecond. MPI carries a small message in a
+hundredth of that. So what every rank tells all others in a step (flags, statistics, small gradients) takes this way,
+if all ranks have mpi4py. It knows nothing of ranks that have left with ``hvd.join()``; of those Horovod tells, which
+:mod:`adacons_hvd.torch.reducer` asks in every step.
+
+A :class:`Link` belongs to one layout of one optimizer. Its messages carry a mark of their own, so whatever was under
+way when ranks lay out anew can be forgotten: nobody takes it for something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import Pending, ready
+
+__all__ = ["MOST_RANKS", "Channel", "Link", "Meeting", "pause", "world_rank"]
+
+# Seconds. MPI moves messages only while somebody looks for them, so for so long a rank does nothing else but let others
+# run in between; then it sleeps between looks for an eighth of the time it has waited, a millisecond at most.
+_SPIN = 3e-3
+_LONGEST_SLEEP = 1e-3
+
+#: From how many ranks on a message to each other one is no longer small.
+MOST_RANKS = 64
+
+# How a message is marked: by its link and its channel, so many of each before marks come again.
+_CHANNELS, _LINKS = 1 << 10, 1 << 20
+
+# Channels for what every step sends beside gradients: flags, statistics.
+_KEPT_FREE = 8
+
+# MPI's groups of ranks. They live as long as MPI does: making one takes all its ranks, and so would freeing it.
+_groups: dict[tuple[int, ...], Any] = {}
+
+_links = 0
+
+
+def links_made() -> int:
+    """The number of the last link that this process has made."""
+    return _links
+
+
+def world_rank() -> int:
+    """This process's rank in MPI's world, or -1 if there is no direct way from here.
+
+    Call it only while Horovod runs over MPI.
+    """
+    try:
+        import mpi4py
+
+        starts = mpi4py.rc.initialize
+        mpi4py.rc.initialize = False  # an MPI that Horovod has not started is not the one it uses
+        try:
+            from mpi4py import MPI
+        finally:
+            mpi4py.rc.initialize = starts
+    except (ImportError, RuntimeError):  # not installed, or no MPI library that it can load
+        return -1
+    # Horovod's own thread sends, too.
+    usable = MPI.Is_initialized() and not MPI.Is_finalized() and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+    return int(MPI.COMM_WORLD.Get_rank()) if usable else -1
+
+
+class Link:
+    """The direct ways between all ranks of a process set, for one layout of one optimizer.
+
+    All ranks make it together. ``ranks`` are their ranks in MPI's world, and ``number`` is the same on all of them, and
+    larger than that of every link that one of them has made before.
+    """
+
+    #: A collective of Horovod's that all ranks have begun. It fails if one of them leaves, and Horovod warns if one of
+    #: them stops, so whoever waits for a message looks at it.
+    alive: Pending | None = None
+
+    def __init__(self, ranks: Sequence[int], rank: int, number: int) -> None:
+        global _links
+        from mpi4py import MPI
+
+        world = tuple(ranks)
+        if world not in _groups:
+            _groups[world] = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(world))
+        self._communicator = _groups[world]
+        _links = number
+        self._mark = number % _LINKS * _CHANNELS
+        self._channels: dict[str, Channel] = {}
+        self.size, self.rank = len(world), rank
+
+    def prepare(self, tensor: torch.Tensor, name: str) -> bool:
+        """Make the channel for flat tensors like this one; False if there are so many that it must take another way.
+
+        All ranks ask for a link's channels in the same order.
+        """
+        if len(self._channels) < _CHANNELS - _KEPT_FREE:
+            self.channel(name, tensor)
+        return name in self._channels
+
+    def channel(self, name: str, like: torch.Tensor) -> Channel:
+        """The channel of that name, made when it is asked for first."""
+        if name not in self._channels:
+            mark = self._mark + len(self._channels)
+            self._channels[name] = Channel(self, self._communicator, mark, like)
+        return self._channels[name]
+
+    def wait(self, channel: Channel) -> torch.Tensor:
+        """Wait for everyone's message, and return them as rows."""
+        self.wait_until(channel.arrived)
+        return channel.rows
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Wait as long as all ranks are alive."""
+        started = time.perf_counter()
+        while not done():
+            if self.alive is not None and self.alive.done():
+                self.alive.wait()  # raises an error if a rank has gone
+                self.alive = None
+            pause(started)
+
+    def send(self, name: str, tensor: torch.Tensor) -> Channel:
+        """Send everyone this flat tensor through the channel of that name, and begin to receive theirs."""
+        channel = self.channel(name, tensor)
+        self.wait(channel)  # the message before it, which all ranks have sent
+        channel.send(tensor)
+        return channel
+
+    def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """The sum of everyone's tensor, the same bits on every rank."""
+        first, *others = self.wait(self.send(name, tensor))
+        result: torch.Tensor = first.clone()
+        for other in others:
+            result += other
+        return result
+
+    def gather(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Everyone's flat tensor, concatenated in rank order."""
+        channel = self.send(name, tensor)
+        return ready(lambda: self.wait(channel).view(-1), channel.arrived)
+
+    def meeting(self, name: str, like: torch.Tensor) -> Meeting:
+        """Make a meeting of all ranks at which each tells the others a flat tensor like this one."""
+        return Meeting(self, name, like)
+
+    def drop(self) -> None:
+        """Forget all messages under way."""
+        for channel in self._channels.values():
+            channel.drop()
+        self._channels.clear()
+
+
+class Meeting:
+    """Everyone's message, and the certainty that everyone has sent it in this very step.
+
+    A message alone may be an old one: sent in a step that its receiver had left with ``hvd.join()``, and found by it
+    when it comes back. So every rank confirms that it has all messages, and only ranks that take part in a step can.
+    """
+
+    def __init__(self, link: Link, name: str, like: torch.Tensor) -> None:
+        self._link = link
+        self._messages = link.channel(name, like)
+        self._confirmations = link.channel(f"{name}.confirmed", like.new_zeros(1))
+        #: Nothing is awaited, or messages are, or confirmations.
+        self._awaited: Channel | None = None
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Everyone's message, once it is :meth:`over`."""
+        return self._messages.rows
+
+    def begin(self, message: torch.Tensor) -> None:
+        """Tell the others."""
+        self.end()  # the meeting before it, at which all ranks were
+        self._messages.send(message)
+        self._awaited = self._messages
+
+    def over(self) -> bool:
+        """Whether everything is known. Whoever waits for it has to ask again and again, for the others' sake too."""
+        if self._awaited is self._messages and self._messages.arrived():
+            self._confirmations.start()
+            self._awaited = self._confirmations
+        if self._awaited is self._confirmations and self._confirmations.arrived():
+            self._awaited = None
+        return self._awaited is None
+
+    def end(self) -> None:
+        """Wait until it is over."""
+        self._link.wait_until(self.over)
+
+
+class Channel:
+    """One message from every rank to every other, again and again."""
+
+    #: Everyone's message by rank, this rank's own among them.
+    rows: torch.Tensor
+
+    def __init__(self, link: Link, communicator: Any, mark: int, like: torch.Tensor) -> None:
+        from mpi4py import MPI
+
+        self._rank = link.rank
+        self._prequest, self._request = MPI.Prequest, MPI.Request
+        self.rows = like.new_zeros((link.size, like.numel()))
+        data = self.rows.view(torch.uint8)
+        others = [rank for rank in range(link.size) if rank != link.rank]
+        receive = [communicator.Recv_init([data[rank], MPI.BYTE], rank, mark) for rank in others]
+        send = [communicator.Send_init([data[link.rank], MPI.BYTE], rank, mark) for rank in others]
+        self._requests = [*receive, *send]
+        self._finalizer = weakref.finalize(self, _free, receive, send, os.getpid())
+        self._finalizer.atexit = False
+        self._under_way = False
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Send this rank's message to all others, and begin to receive theirs."""
+        self.rows[self._rank] = tensor
+        self.start()
+
+    def start(self) -> None:
+        """The same for a message that is in its row already."""
+        self._prequest.Startall(self._requests)
+        self._under_way = True
+
+    def arrived(self) -> bool:
+        """Whether everyone's message is here, and this rank's own is on its way to all."""
+        if self._under_way and self._request.Testall(self._requests):
+            self._under_way = False
+        return not self._under_way
+
+    def drop(self) -> None:
+        """Forget it, whatever is under way."""
+        self._finalizer()
+        self._under_way = False
+
+
+def _free(receive: Sequence[Any], send: Sequence[Any], process: int) -> None:
+    from mpi4py import MPI
+
+    # A process that was forked, as a DataLoader's workers are, has no MPI.
+    if os.getpid() != process or MPI.Is_finalized():
+        return
+    for request in receive:
+        if not request.Test():
+            request.Cancel()
+            request.Wait()
+        request.Free()
+    for request in send:
+        # A message that nobody takes is as small as flags are, and has left already; a larger one is never sent
+        # before it is known that all ranks are here.
+        with contextlib.suppress(MPI.Exception):
+            request.Free()
+
+
+def pause(started: float) -> None:
+    """Let others run, between two looks for what may be there at once."""
+    waited = time.perf_counter() - started
+    time.sleep(0 if waited < _SPIN else min(waited / 8, _LONGEST_SLEEP))
