@@ -48,7 +48,9 @@ def cases(full: bool) -> list[Case]:
 
     # Between hosts nobody gathers millions of elements; it would take most of the time.
     sensible = [name for name in EVERYTHING if name != "gather"]
+    small = [10_000, 100_000, 1_000_000]
     chosen = [
+        collectives(Cluster(1, 2), small),
         collectives(Cluster(1, 4), [10_000, 1_000_000, 25_000_000]),
         collectives(Cluster(4, 1, 1000), [4_000_000], [*sensible, "auto+fp16"]),
         collectives(Cluster(8, 1, 1000), [4_000_000], sensible),
@@ -59,9 +61,8 @@ def cases(full: bool) -> list[Case]:
         *(sharded(Cluster(hosts, 1, 1000)) for hosts in (2, 4, 8)),
     ]
     if full:
-        small = [10_000, 100_000, 1_000_000]
         chosen += [
-            collectives(Cluster(1, 2), [*small, 10_000_000]),
+            collectives(Cluster(1, 2), [10_000_000]),
             collectives(Cluster(1, 4), [100_000, 10_000_000]),
             collectives(Cluster(1, 8), [*small, 10_000_000], sensible),
             # Every contender has buffers of its own, so at this length few go into one job.
