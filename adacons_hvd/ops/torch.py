@@ -218,7 +218,9 @@ def solve(matrix: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor) -> tor
     """
     matrix.diagonal(dim1=-2, dim2=-1).add_(ridge)
     factor, _ = torch.linalg.cholesky_ex(matrix)  # unlike cholesky() it does not wait for the device
-    return torch.cholesky_solve(right[..., None], factor)[..., 0]
+    half = torch.linalg.solve_triangular(factor, right[..., None], upper=False)  # cholesky_solve() copies the factor
+    solved: torch.Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solved[..., 0]
 
 
 def reshape(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
