@@ -68,6 +68,10 @@ page: setup ## docs/measurements.md and its charts, from the data in benchmarks/
 evidence: setup ## which aggregator helps: the studies of docs/evidence.md, up to ten hours of one core
 	@$(RUN) python -m benchmarks.evidence $(EVIDENCE_ARGS)
 
+.PHONY: sick-workers
+sick-workers: setup ## how often SickWorkers is right: the table of docs/sick-workers.md; SICK_ARGS=--record new.json anew
+	@$(RUN) python -m benchmarks.sick_workers $(SICK_ARGS)
+
 .PHONY: docs
 docs: setup ## the documentation as a site, in out/site
 	@$(RUN) python -m sphinx -W --keep-going -q -E -b html docs out/site

@@ -25,6 +25,7 @@ from .jobs import Cluster, JobError, run
 from .record import APPROXIMATE, EXACT, Entry, add, read
 from .tables import show
 
+AGGREGATORS = ["AdaCons", "NormalizedMean", "Curvature, past only", "Curvature"]
 EVERYTHING = ["paper", *EXACT, *APPROXIMATE, "auto", "fast"]
 
 # A case: its kind (which is the program the ranks run), its cluster, and what the program is told.
@@ -37,6 +38,11 @@ def cases(full: bool) -> list[Case]:
     def collectives(cluster: Cluster, lengths: Sequence[int], contenders: Sequence[str] = EVERYTHING) -> Case:
         case = {"lengths": list(lengths), "contenders": list(contenders), "turns": 20, "seconds": 12}
         return "collectives", cluster, case
+
+    def aggregators(length: int, contenders: Sequence[str], turns: int) -> Case:
+        # They differ by a few hundredths, and turns by more.
+        case = {"lengths": [length], "contenders": list(contenders), "turns": turns, "seconds": 240}
+        return "collectives", Cluster(4, 1, 1000), case
 
     def steps(framework: str, model: str, contenders: Sequence[str], seconds: float) -> Case:
         case = {"framework": framework, "model": model, "contenders": list(contenders), "turns": 20, "seconds": seconds}
@@ -58,6 +64,8 @@ def cases(full: bool) -> list[Case]:
         collectives(Cluster(2, 4, 1000), [4_000_000], sensible),
         # By itself, for more turns.
         collectives(Cluster(2, 4, 1000), [4_000_000], ["auto", "fast", "hosts"]),
+        aggregators(4_000_000, AGGREGATORS, 90),
+        aggregators(25_000_000, ["AdaCons", "Curvature"], 16),
         *(sharded(Cluster(hosts, 1, 1000)) for hosts in (2, 4, 8)),
     ]
     if full:

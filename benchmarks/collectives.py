@@ -1,5 +1,5 @@
-"""One rank: a gradient of d elements through Horovod's average, its Adasum, the paper's procedure
-and every schedule."""
+"""One rank: a gradient of d elements through Horovod's average, its Adasum, the paper's procedure,
+every schedule and every aggregator."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ import horovod.torch as hvd
 import torch
 
 import adacons_hvd.torch as adacons
+from adacons_hvd import Aggregator, Curvature, NormalizedMean
 from benchmarks.phases import take_apart
 from benchmarks.ranks import arguments, hand_over, take_turns
 
 #: A layer's worth of elements: gradients come in pieces.
 PIECE = 1 << 20
+
+#: Contenders with the schedule that ``auto`` takes for them.
+AGGREGATORS: dict[str, Aggregator] = {
+    "AdaCons": adacons.AdaCons(),
+    "NormalizedMean": NormalizedMean(),
+    "Curvature, past only": Curvature(workers=False),
+    "Curvature": Curvature(memory=8),
+}
 
 
 def pieces(length: int) -> list[torch.Tensor]:
@@ -51,14 +60,14 @@ def paper(length: int) -> Callable[[], object]:
     return once
 
 
-def ours(length: int, schedule: str, fp16: bool = False) -> Any:
+def ours(length: int, schedule: str, fp16: bool = False, aggregator: Aggregator = AGGREGATORS["AdaCons"]) -> Any:
     """The optimizer whose ``synchronize()`` is timed. The schedule ``hosts`` is what ``workers="host"`` does."""
     parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in pieces(length)]
     for parameter, gradient in zip(parameters, pieces(length), strict=True):
         parameter.grad = gradient
     return adacons.DistributedOptimizer(
         torch.optim.SGD(parameters, lr=0.1),
-        aggregator=adacons.AdaCons(),
+        aggregator=aggregator,
         schedule="auto" if schedule == "hosts" else schedule,
         workers="host" if schedule == "hosts" else "rank",
         compression=adacons.Compression.fp16 if fp16 else adacons.Compression.none,
@@ -78,6 +87,9 @@ def main() -> None:
                 contenders[name] = average(length, hvd.Adasum)
             elif name == "paper":
                 contenders[name] = paper(length)
+            elif name in AGGREGATORS:
+                optimizers[name] = ours(length, "auto", aggregator=AGGREGATORS[name])
+                contenders[name] = optimizers[name].synchronize
             else:
                 schedule, _, fp16 = name.partition("+")
                 optimizers[name] = ours(length, schedule, bool(fp16))

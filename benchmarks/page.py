@@ -106,6 +106,7 @@ def _figures(studies: Studies) -> dict[str, str]:
         "targets": tables.targets(studies),
         "replicas": tables.comparisons(every(studies, "replicas")),
         "ratios": tables.ratios(_aimed_at(studies, "collectives")),
+        "aggregators": tables.aggregators(every(studies, "aggregators")),
         "memory": tables.memory(every(studies, "memory")),
         "local": tables.local(every(studies, "local")),
     }

@@ -38,8 +38,11 @@ STUDIES = {
     "replicas": "Milliseconds of one comparison of replicas and of a training `step`, and the `share` in % that "
     f"comparisons have of training when every {CHECK_REPLICAS}th step has one.",
     "memory": _PLACE + "MiB at a rank's peak and of one gradient; `beyond` averaging's peak, in gradients.",
-    "local": "One process: `ms` of deciding on weights, by `workers`, and the GB/s of operations on `MiB` of "
-    "gradients.",
+    "aggregators": _PLACE
+    + "A gradient of `elements` through each aggregator, with the schedule that `auto` `took` for "
+    "it: `measured` and `expected` ms, and the ratios to Horovod's average, as in `collectives`, and to AdaCons.",
+    "local": "One process: `ms` of deciding on AdaCons' `weights` or on those of `Curvature(memory=8)`, by `workers`, "
+    "and the GB/s of operations on `MiB` of gradients.",
 }
 
 EXACT = ["two-pass", "one-pass", "gather"]
@@ -64,8 +67,9 @@ def rows(measured: Sequence[Entry]) -> Iterator[tuple[str, Row]]:
             for answer in entry["result"]:
                 yield from _collectives(entry["cluster"], answer)
         elif entry["kind"] == "weights":
-            for workers, seconds in entry["result"]["weights"].items():
-                yield "local", {"operation": "weights", "workers": int(workers), "ms": _ms(seconds)}
+            for operation in ("weights", "curvature"):
+                for workers, seconds in entry["result"][operation].items():
+                    yield "local", {"operation": operation, "workers": int(workers), "ms": _ms(seconds)}
             for name, speed in entry["result"]["bandwidth"].items():
                 mebibytes = 4 * entry["case"]["length"] / 2**20
                 yield "local", {"operation": name, "MiB": _short(mebibytes), "GB/s": _short(speed / 1e9)}
@@ -76,6 +80,9 @@ def rows(measured: Sequence[Entry]) -> Iterator[tuple[str, Row]]:
 
 def _collectives(cluster: Row, answer: Row) -> Iterator[tuple[str, Row]]:
     case = {**cluster, "elements": answer["length"]}
+    if "AdaCons" in answer["times"]:
+        yield "aggregators", {**case, **_aggregators(answer["times"], answer["choices"])}
+        return
     yield "collectives", {**case, **_beside(answer["times"])}
     measured = {name: statistics.median(times) for name, times in answer["times"].items()}
     expected = {name: x for choice in answer["choices"].values() for name, x in choice["expected"].items()}
@@ -94,6 +101,16 @@ def _collectives(cluster: Row, answer: Row) -> Iterator[tuple[str, Row]]:
     for name, parts in {took[mode][0]: parts for mode, parts in answer["phases"].items()}.items():
         longest = sorted(parts.items(), key=lambda part: -part[1])
         yield "phases", {**case, "schedule": name, "parts": {part: _ms(seconds) for part, seconds in longest}}
+
+
+def _aggregators(times: dict[str, list[float]], choices: dict[str, Row]) -> Row:
+    return {
+        "took": {name: choice["schedule"] for name, choice in choices.items()},
+        "measured": {name: _ms(statistics.median(own)) for name, own in times.items()},
+        "expected": {name: _ms(choice["expected"][choice["schedule"]]) for name, choice in choices.items()},
+        "ratios": {name: _ratio(times[name], times["average"]) for name in choices},
+        "to AdaCons": {name: _ratio(times[name], times["AdaCons"]) for name in choices if name != "AdaCons"},
+    }
 
 
 def _steps(entry: Entry) -> Iterator[tuple[str, Row]]:
@@ -129,12 +146,14 @@ def _memory(alone: Sequence[Entry]) -> Iterator[tuple[str, Row]]:
 
 def _beside(times: dict[str, list[float]]) -> Row:
     """The average's milliseconds, and each contender's ratio to it: the turns' median, and the deciles' distance."""
-    ratios = {}
-    for name in times.keys() - {"average"}:
-        turns = sorted(own / peer for own, peer in zip(times[name], times["average"], strict=True))
-        spread = turns[-1 - len(turns) // 10] - turns[len(turns) // 10]
-        ratios[name] = [_short(statistics.median(turns)), _short(spread)]
+    ratios = {name: _ratio(times[name], times["average"]) for name in times.keys() - {"average"}}
     return {"average": _ms(statistics.median(times["average"])), "ratios": {n: ratios[n] for n in times if n in ratios}}
+
+
+def _ratio(times: Sequence[float], peers: Sequence[float]) -> list[float]:
+    """The turns' median, and the deciles' distance."""
+    turns = sorted(own / peer for own, peer in zip(times, peers, strict=True))
+    return [_short(statistics.median(turns)), _short(turns[-1 - len(turns) // 10] - turns[len(turns) // 10])]
 
 
 def _short(value: float) -> float:

@@ -1,8 +1,9 @@
 """How often ``insight.SickWorkers`` is right, and how often it cries wolf: ``python -m benchmarks.sick_workers``.
 
 Simulated workers train on images (Fashion-MNIST, 17,418 parameters, 32 images a worker and step, SGD with momentum).
-A healthy run gives the false alarms. Early in it and late, it is gone on with from the same point once for each fault,
-which the last worker has from then on. Parameters move by the mean of the healthy workers, as they do where the sick
+A healthy run gives the false alarms, and so does one whose workers have data of their own: each draws classes with
+probabilities of its own. Early in the first and late, it is gone on with from the same point once for each fault, which
+the last worker has from then on. Parameters move by the mean of the healthy workers, as they do where the sick
 one is excluded, so what is counted is detection alone. Gradients are seen as inner products only, as every schedule
 sees them.
 
@@ -13,6 +14,7 @@ Finished runs are kept in a file, so what was interrupted goes on where it was. 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -54,10 +56,17 @@ FAULTS = {
 class Training:
     """A model in training by simulated workers."""
 
-    def __init__(self, workers: int, seed: int) -> None:
+    def __init__(self, workers: int, seed: int, skewed: bool = False) -> None:
         self.workers = workers
         self.generator = torch.Generator().manual_seed(seed)
         self.task: Task = task("images")
+        self.classes: torch.Tensor | None = None
+        if skewed:
+            # Half of a worker's data is as everyone's, and half as classes happen to be drawn for it.
+            own = torch.empty(workers, 10).exponential_(generator=self.generator)
+            self.classes = 0.5 * own / own.sum(1, keepdim=True) + 0.05
+            self.by_class = self.task.train[1].argsort(stable=True)
+            self.counts = torch.bincount(self.task.train[1])
         self.vector = self.task.start(self.generator)
         self.speed = torch.zeros_like(self.vector)
         loss, model = self.task.loss, self.task.model
@@ -85,6 +94,9 @@ class Training:
     def _gradients(self) -> torch.Tensor:
         images, labels = self.task.train
         at = torch.randint(len(labels), (self.workers, BATCH), generator=self.generator)
+        if self.classes is not None:
+            wanted = torch.multinomial(self.classes, BATCH, replacement=True, generator=self.generator)
+            at = self.by_class[(self.counts.cumsum(0) - self.counts)[wanted] + at % self.counts[wanted]]
         x, y = images[at], labels[at]
         if self.fault == "labels":
             y[-1] = (y[-1] + 1) % 10
@@ -173,15 +185,28 @@ def run(workers: int, seed: int, settings: dict[str, dict[str, Any]]) -> dict[st
     return found
 
 
+def alarms(workers: int, seed: int) -> int:
+    """How many healthy workers with classes of their own are named in one run."""
+    training, watch = Training(workers, seed, skewed=True), Watch()
+    for _ in range(STEPS):
+        watch.see(training.step())
+    return len(watch.take())
+
+
 def measure(record: Record) -> None:
     for seed in REPORTED:
         for workers in WORKERS:
-            record.get(f"{workers} workers, seed {seed}", lambda w=workers, s=seed: run(w, s, {"": {}})[""])  # type: ignore[misc]
+            key = f"{workers} workers, seed {seed}"
+            record.get(key, lambda w=workers, s=seed: run(w, s, {"": {}})[""])  # type: ignore[misc]
+            record.get(f"{key}, skewed", functools.partial(alarms, workers, seed))
 
 
 def table(runs: dict[str, Any]) -> str:
     """The results as Markdown, of the seeds that all numbers of workers have."""
-    seeds = [seed for seed in REPORTED if all(f"{n} workers, seed {seed}" in runs for n in WORKERS)]
+    seeds, skewed = (
+        [seed for seed in REPORTED if all(f"{n} workers, seed {seed}{what}" in runs for n in WORKERS)]
+        for what in ("", ", skewed")
+    )
     by_size = {n: [runs[f"{n} workers, seed {seed}"] for seed in seeds] for n in WORKERS}
     heads = [f"{n} workers, {when}" for n in WORKERS for when in BEGIN]
     lines = [f"| the last worker has | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
@@ -194,10 +219,15 @@ def table(runs: dict[str, Any]) -> str:
         for when in BEGIN
     ]
     lines.append(f"| healthy ones named beside it | {' | '.join(map(str, others))} |")
-    alarms = [sum(one["alarms"] for one in by_size[n]) for n in WORKERS]
-    steps = STEPS * len(seeds)
-    counts = ", ".join(f"{count} with {n}" for n, count in zip(WORKERS, alarms, strict=True))
-    lines += ["", f"False alarms in {steps:,} steps of healthy workers: {counts}."]
+    heads = [f"{n} workers" for n in WORKERS]
+    lines += ["", f"| false alarms of healthy workers | {' | '.join(heads)} |", f"|---|{'---|' * len(WORKERS)}"]
+    same = [sum(one["alarms"] for one in by_size[n]) for n in WORKERS]
+    other = [sum(runs[f"{n} workers, seed {seed}, skewed"] for seed in skewed) for n in WORKERS]
+    for words, own, counts in (
+        ("all draw from the same data", seeds, same),
+        ("each draws classes with probabilities of its own", skewed, other),
+    ):
+        lines.append(f"| {words}, {STEPS * len(own):,} steps | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)
 
 

@@ -38,9 +38,16 @@ TARGETS = {
     ("step in keras, resnet-50", "1 host x 2, mpi", "auto"): 1.0,
     ("4,000,000 elements", "4 hosts x 1, 1 Gbit/s, mpi", "auto+fp16"): 0.6,
     ("weights, ms", "1,024 workers", ""): 0.5,
+    ("4,000,000 elements, to AdaCons", "4 hosts x 1, 1 Gbit/s, mpi", "Curvature"): 1.05,
+    ("25,000,000 elements, to AdaCons", "4 hosts x 1, 1 Gbit/s, mpi", "Curvature"): 1.05,
+    ("weights of Curvature, ms", "1,024 workers", ""): 20.0,
     ("memory in torch, resnet-50", "1 host x 2, mpi", "one-pass"): 2.0,
     ("memory in torch, resnet-50", "1 host x 2, mpi", "two-pass"): 2.0,
 }
+
+
+#: What is decided on from statistics, by the operation's name.
+_DECISIONS = {"weights": "weights", "curvature": "weights of Curvature"}
 
 
 def show(studies: Studies) -> str:
@@ -49,6 +56,7 @@ def show(studies: Studies) -> str:
         "What was aimed at": targets(studies),
         "Comparing replicas": comparisons(every(studies, "replicas")),
         "Beside averaging": ratios([*every(studies, "collectives"), *every(studies, "steps")]),
+        "Aggregators": aggregators(every(studies, "aggregators")),
         "Memory": memory(every(studies, "memory")),
         "Weights and local arithmetic": local(every(studies, "local")),
         "What the cost model expected / what was measured, ms": choices(every(studies, "choices")),
@@ -73,8 +81,11 @@ def targets(studies: Studies) -> str:
             key = (f"memory in {row['framework']}, {row['model']}", where(row), row["schedule"])
             found.setdefault(key, row["beyond"])
     for row in every(studies, "local"):
-        if row["operation"] == "weights":
-            found.setdefault(("weights, ms", f"{row['workers']:,} workers", ""), row["ms"])
+        if row["operation"] in _DECISIONS:
+            found.setdefault((f"{_DECISIONS[row['operation']]}, ms", f"{row['workers']:,} workers", ""), row["ms"])
+    for row in every(studies, "aggregators"):
+        for name, (ratio, _) in row["to AdaCons"].items():
+            found.setdefault((f"{what(row)}, to AdaCons", where(row), name), ratio)
     return _table(
         ["what", "where", "which", "at most", "measured", ""],
         (
@@ -93,6 +104,20 @@ def ratios(rows: Sequence[Row]) -> str:
         ["what", "where", "average, ms", *names],
         ([what(row), where(row), f"{row['average']:.2f}", *own] for row, own in zip(rows, cells, strict=True)),
     )
+
+
+def aggregators(rows: Sequence[Row]) -> str:
+    """What each aggregator costs beside an average and AdaCons, and what the cost model expected."""
+    table = []
+    for row in rows:
+        table.append([what(row), where(row), "average", "", f"{row['measured']['average']:.0f}", "", "", "", ""])
+        for name, (ratio, spread) in row["ratios"].items():
+            beside = "{:.2f} ({:.2f})".format(*row["to AdaCons"][name]) if name in row["to AdaCons"] else ""
+            expected = f"{row['expected'][name] / row['expected']['AdaCons']:.2f}" if beside else ""
+            times = [f"{row[kind][name]:.0f}" for kind in ("measured", "expected")]
+            table.append(["", "", name, row["took"][name], *times, f"{ratio:.2f} ({spread:.2f})", beside, expected])
+    heads = ["what", "where", "aggregator", "schedule", "ms", "expected, ms"]
+    return _table([*heads, "to the average", "to AdaCons", "expected"], table)
 
 
 def choices(rows: Sequence[Row]) -> str:
@@ -171,8 +196,8 @@ def local(rows: Sequence[Row]) -> str:
     return _table(
         ["what", "of", "takes"],
         (
-            ["weights from statistics", f"{row['workers']:,} workers", f"{row['ms']:.2f} ms"]
-            if row["operation"] == "weights"
+            [f"{_DECISIONS[row['operation']]}, from statistics", f"{row['workers']:,} workers", f"{row['ms']:.2f} ms"]
+            if row["operation"] in _DECISIONS
             else [names[row["operation"]], f"{row['MiB']:.0f} MiB", f"{row['GB/s']:.1f} GB/s"]
             for row in rows
         ),

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from adacons_hvd import AdaCons, Statistics
+from adacons_hvd import AdaCons, Aggregator, Curvature, Statistics
+from adacons_hvd.aggregators import Memory
 from adacons_hvd.ops import torch as ops
 from benchmarks.ranks import arguments
 
@@ -32,13 +33,24 @@ def seconds(once: Callable[[], object], device: str) -> float:
     return sorted(turn(calls) for _ in range(20))[10]
 
 
+def deciding(aggregator: Aggregator, statistics: Statistics, device: str) -> float:
+    """Seconds of a decision once the aggregator's memory is full."""
+    memory: Memory = {}
+    for _ in range(aggregator.history + 1):
+        memory = aggregator.decide(statistics, memory).memory
+    return seconds(functools.partial(aggregator.decide, statistics, memory), device)
+
+
 def measure(device: str, length: int) -> dict[str, dict[str, float]]:
-    weights = {}
+    weights: dict[str, float] = {}
+    curvature: dict[str, float] = {}
     for workers in (4, 32, 256, 1024, 4096):
         statistics = Statistics.of(torch.randn(workers, 64, device=device) + 0.5)
-        aggregator = AdaCons()
-        memory = aggregator.decide(statistics, {}).memory
-        weights[str(workers)] = seconds(functools.partial(aggregator.decide, statistics, memory), device)
+        weights[str(workers)] = deciding(AdaCons(), statistics, device)
+        if workers <= 1024:
+            past = torch.randn(Curvature().history + 1, 4096, device=device)
+            statistics = Statistics.of(torch.randn(workers, 4096, device=device) + 0.5, gramian=True, past=past)
+            curvature[str(workers)] = deciding(Curvature(), statistics, device)
     workers = 4
     rows = torch.randn(workers, length // workers, device=device)
     flat, other = rows.view(-1), torch.empty(length, device=device)
@@ -53,7 +65,7 @@ def measure(device: str, length: int) -> dict[str, dict[str, float]]:
         "own": seconds(lambda: ops.moments(flat, other), device),
     }
     bandwidth = {name: bytes_moved[name] / taken for name, taken in times.items()}
-    return {"weights": weights, "bandwidth": bandwidth}
+    return {"weights": weights, "curvature": curvature, "bandwidth": bandwidth}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import hashlib, json, os, signal, sys, time
 import torch
 import adacons_hvd.torch as hvd
 from adacons_hvd import AdaCons, Curvature
+from adacons_hvd.insight import SickWorkers
 from harness.elastic import tell
 from phases import watch
 
@@ -55,7 +56,8 @@ class Inner(torch.optim.AdamW):
 
 watch(reached)
 # With weight decay, because Horovod's broadcast_optimizer_state moves the parameters of newcomers then.
-optimizer = optimizer_of(body, AdaCons(momentum=0.9), Inner, weight_decay=0.5)
+# Watched, which changes nothing: what is watched of workers begins afresh, and what AdaCons remembers does not.
+optimizer = optimizer_of(body, SickWorkers(AdaCons(momentum=0.9)), Inner, weight_decay=0.5)
 # Its history is spread over the workers.
 curved = optimizer_of(middle, Curvature(memory=4), torch.optim.SGD)
 

@@ -428,9 +428,10 @@ def _zero_unless(condition: Tensor, s: Statistics) -> Statistics:
     """``s`` where ``condition`` (``[..., 1]``) holds, zeros elsewhere."""
     ops = ops_for(s.squares)
     zero = ops.zeros_like(s.squares)
+    # One zero, because a thousand workers' Gramian takes longer to fill with zeros than to read.
+    nothing = zero[..., :1, None] if s.gramian is not None or s.past is not None else None
     gramian, past = (
-        None if table is None else ops.where(condition[..., None], table, ops.zeros_like(table))
-        for table in (s.gramian, s.past)
+        None if table is None else ops.where(condition[..., None], table, nothing) for table in (s.gramian, s.past)
     )
     dots, squares = ops.where(condition, s.dots, zero), ops.where(condition, s.squares, zero)
     return replace(s, dots=dots, squares=squares, gramian=gramian, past=past)

@@ -105,14 +105,16 @@ class Curvature(Aggregator):
         """
         ops = ops_for(s.squares)
         here = ops.wide(s.present)
-        table, right, scale = s.gramian, here, None
-        if self.memory:
+        table: Tensor = s.gramian
+        right, scale = here, None
+        if not self.memory:
+            table = table + 0  # a copy, because solve() may overwrite it
+        else:
             count = ops.clip(s.past_count, 1, self.memory)
             scale = ops.sqrt(count_present(s.present) / count)
             across = s.past * scale[..., None]
             past = s.past_gramian * (scale * scale)[..., None]
-            above = ops.join([s.gramian, across], -1)
-            table = ops.join([above, ops.join([ops.transposed(across), past], -1)], -2)
+            table = ops.bordered(table, across, past)
             right = ops.join([here, ops.zeros_like(past[..., 0])], -1)
         ill = ridge <= ROUNDING * ops.total(ops.diagonal(table))
         ridge = ops.where(ill, ops.total(ops.diagonal(table)) + 1, ridge)

@@ -123,10 +123,14 @@ class Ops(SmallOps, Protocol):
         """Join tensors along an axis that is there."""
         ...
 
+    def bordered(self, table: Tensor, across: Tensor, corner: Tensor) -> Tensor:
+        """The symmetric matrix with ``table`` and ``corner`` on its diagonal, and ``across`` on the table's right."""
+        ...
+
     def solve(self, matrix: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
         """The solution w of ``(matrix + ridge * I) w = right``, for ``[..., n, n]``, ``[..., n]`` and ``[..., 1]``.
 
-        By Cholesky's method: the matrix in brackets must be positive definite.
+        By Cholesky's method: the matrix in brackets must be positive definite. The matrix may be overwritten.
         """
         ...
 

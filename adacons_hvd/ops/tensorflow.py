@@ -169,6 +169,11 @@ def join(tensors: Sequence[tf.Tensor], axis: int) -> tf.Tensor:
     return tf.concat(list(tensors), axis)
 
 
+def bordered(table: tf.Tensor, across: tf.Tensor, corner: tf.Tensor) -> tf.Tensor:
+    """The symmetric matrix with ``table`` and ``corner`` on its diagonal, and ``across`` on the table's right."""
+    return join([join([table, across], -1), join([transposed(across), corner], -1)], -2)
+
+
 def transposed(x: tf.Tensor) -> tf.Tensor:
     """``x`` with its last two axes exchanged."""
     return tf.linalg.matrix_transpose(x)

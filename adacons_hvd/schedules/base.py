@@ -94,6 +94,14 @@ class Schedule:
         raise NotImplementedError
 
 
+def passes(workers: int, history: int) -> float:
+    """How often each of the two passes over the gradients of ``workers`` reads as much as these take.
+
+    With a history the gradients are read twice, once with the means of earlier steps and once without.
+    """
+    return 2 + history / workers if history else 1.0
+
+
 class Transfer:
     """One bucket's way through a step, by one schedule. Owns the scratch memory that takes."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..collectives import Pending
 from ..ops import Tensor, ops_for
-from .base import DenseBucket, Done, Schedule, Segment, Transfer
+from .base import DenseBucket, Done, Schedule, Segment, Transfer, passes
 from .rows import RowsTransfer
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Gather(Schedule):
         n = rates.workers
         summed, gathered = rates.allreduce.sent(size, bucket, n), rates.allgather.sent(size, bucket, n)
         moved = min(summed, gathered) if _is_little(size, n) else gathered
-        return moved + (rates.look + rates.combine) * (n + history) * size
+        return moved + (rates.look + rates.combine) * n * size * passes(n, history)
 
 
 def _is_little(size: float, workers: int) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..collectives import Pending
 from ..ops import Tensor
-from .base import DenseBucket, Transfer
+from .base import DenseBucket, Transfer, passes
 from .one_pass import OnePass, OnePassTransfer
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class HostPass(OnePass):
         # Each bucket is four alltoalls among all ranks, and libraries may send what is empty, too.
         started = max(1, math.ceil(size / bucket)) * (4 * rates.alltoall(0.0) - rates.allreduce(0.0))
         table = rates.allreduce(8.0 * hosts * ((hosts if gramian else 2) + history))
-        arithmetic = rates.look * size + (rates.look + rates.combine) * size / local * (1 + history / hosts)
+        arithmetic = rates.look * size + (rates.look + rates.combine) * size / local * passes(hosts, history)
         return moved + started + table + arithmetic
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..collectives import Pending
-from ..ops import Tensor
-from .base import DenseBucket, Done, Schedule, Segment, Transfer
+from ..ops import Tensor, ops_for
+from .base import DenseBucket, Done, Schedule, Segment, Transfer, passes
 from .rows import RowsTransfer
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class OnePass(Schedule):
     def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
         table = rates.table((rates.workers if gramian else 2) + history)
         moved = rates.alltoall.sent(size, bucket) + table + rates.allgather.sent(size, bucket)
-        return moved + (rates.look + rates.combine) * size * (1 + history / rates.workers)
+        return moved + (rates.look + rates.combine) * size * passes(rates.workers, history)
 
 
 class OnePassTransfer(RowsTransfer):
@@ -49,6 +49,8 @@ class OnePassTransfer(RowsTransfer):
         return self.collectives.alltoall(bucket.buffer, f"{bucket.name}.shards", out=scratch)
 
     def out(self, bucket: DenseBucket, rows: Tensor) -> Tensor:
+        if bucket.past is not None:
+            return self.scratch(bucket, "result", ops_for(rows).shape(rows)[1])
         # Each piece of the result takes the place of the first worker's, which is not needed again.
         return rows[0]
 

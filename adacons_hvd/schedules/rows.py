@@ -26,7 +26,7 @@ class RowsTransfer(Transfer):
         raise NotImplementedError
 
     def out(self, bucket: DenseBucket, rows: Tensor) -> Tensor:
-        """Where the combined elements go; it may be one of the rows."""
+        """Where the combined elements go; it may be one of the rows, unless the bucket has a past."""
         raise NotImplementedError
 
     def send(self, bucket: DenseBucket, combined: Tensor) -> Pending:
@@ -46,18 +46,16 @@ class RowsTransfer(Transfer):
         if combination.elements is not None:
             parts = [(start, stop, combination.elements(rows[:, start:stop], group)) for start, stop, group in pieces]
             return self.send(bucket, ops.assemble(rows, parts, out=out))
-        mean = None
-        if past is not None:
-            # Before the rows are overwritten, and the place in the past, of which the result still takes its part.
-            averages = [(start, stop, combination.mean[group]) for start, stop, group in pieces]
-            scratch = self.scratch(bucket, "mean", ops.shape(rows)[1], like=past[0])
-            mean = ops.combine_segments(ops.working(rows), averages, out=scratch)
         weighed = [(start, stop, combination.weights[group]) for start, stop, group in pieces]
-        result = ops.combine_segments(rows, weighed, out=out, past=past)
-        if mean is not None:
+        pending = self.send(bucket, ops.combine_segments(rows, weighed, out=out, past=past))
+        if past is not None:
+            # While the result is on its way. The mean takes the place of the first row, which is not needed again.
+            averages = [(start, stop, combination.mean[group]) for start, stop, group in pieces]
+            whole = ops.working(rows)
+            mean = ops.combine_segments(whole, averages, out=whole[0])
             bucket.past = ops.keep_row(bucket.past, combination.slot, mean)
             self._past = None
-        return self.send(bucket, result)
+        return pending
 
     def _rows(self) -> Tensor:
         return ops_for(self.arrived).reshape(self.arrived, (self.collectives.size, -1))

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
+from .. import record
 from . import report
 from .contenders import ADACONS, AVERAGE, CURVATURE, NORMALIZED, PAST_ONLY
 from .report import Study
@@ -138,7 +139,21 @@ def summary(studies: Studies, optimizer: str) -> str:
             found = [report.lead(studies[title], *pair, column) for pair in pairs]
             if any(found):
                 lines.append([words, *found])
-    return report.table(["", *_METHODS, f"{CURVATURE} − {NORMALIZED}"], lines)
+    return report.table(["", *_METHODS, f"{CURVATURE} − {NORMALIZED}"], [*lines, costs()])
+
+
+def costs() -> list[str]:
+    """The summary's last row: a step's time over that of Horovod's average, as ``benchmarks/results`` has it."""
+    names = {
+        NORMALIZED: "NormalizedMean",
+        ADACONS: "AdaCons",
+        PAST_ONLY: "Curvature, past only",
+        CURVATURE: "Curvature",
+    }
+    found = record.every(record.read(RESULTS.parent), "aggregators")
+    row = next(row for row in found if row["ratios"].keys() == set(names.values()))
+    cells = [f"{row['ratios'][names[method]][0]:.2f}" if method in names else "" for method in _METHODS]
+    return [f"what a step costs: times the average's, {row['elements'] // 10**6}M, {record.where(row)}", *cells, ""]
 
 
 def left_out(studies: Studies) -> str:

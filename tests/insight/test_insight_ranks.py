@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import itertools
 from typing import Any
 
@@ -129,25 +130,33 @@ def over_tape(graph: bool, aggregator: Any, schedule: str, start: np.ndarray) ->
     return step, lambda: tapes[0].report, reload
 
 
-def over_keras(aggregator: Any, schedule: str, start: np.ndarray) -> tuple[Any, ...]:
-    import keras
-    import tensorflow as tf
+def over_keras(which: str, aggregator: Any, schedule: str, start: np.ndarray) -> tuple[Any, ...]:
+    keras = importlib.import_module(which)
+    if which == "tf_keras":
+        import tensorflow as tf
 
-    import adacons_hvd.keras as hvd
+        import adacons_hvd.tensorflow.keras as hvd
+
+        variable, tensor = tf.Variable, tf.constant
+    else:
+        import adacons_hvd.keras as hvd
+
+        variable, tensor = keras.Variable, keras.ops.convert_to_tensor
     from adacons_hvd.keras.binding import distributed_part
 
     hvd.init()
-    variables = [keras.Variable(part) for part in np.split(start, [35])]
+    variables = [variable(part) for part in np.split(start, [35])]
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.125), aggregator=aggregator, schedule=schedule)
     optimizer.build(variables)
 
     def step(gradient: np.ndarray) -> np.ndarray:
-        optimizer.apply([tf.constant(part) for part in np.split(gradient, [35])], variables)
+        gradients = map(tensor, np.split(gradient, [35]))
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return np.concatenate([v.numpy() for v in variables])
 
     def reload(at: np.ndarray) -> tuple[Any, ...]:
         exchange = distributed_part(optimizer)._adacons.exchange
-        another = over_keras(aggregator, schedule, at)
+        another = over_keras(which, aggregator, schedule, at)
         another[-1](exchange.state_dict())
         return another
 
@@ -159,7 +168,8 @@ BINDINGS = {
     "ddp": over_ddp,
     "tape": functools.partial(over_tape, False),
     "graph": functools.partial(over_tape, True),
-    "keras": over_keras,
+    "keras": functools.partial(over_keras, "keras"),
+    "tf_keras": functools.partial(over_keras, "tf_keras"),
 }
 
 
@@ -246,6 +256,11 @@ def test_over_ddp(cluster):
 
 @pytest.mark.ranks(WORKERS, launcher="mpi", pool="tensorflow")
 @pytest.mark.time_limit(240)
-@pytest.mark.parametrize("binding", ["tape", "graph", "keras"])
+@pytest.mark.parametrize("binding", ["tape", "graph", "keras", "tf_keras"])
 def test_with_tensorflow(cluster, binding):
     check(cluster.run(all_policies, binding))
+
+
+@pytest.mark.ranks(WORKERS, launcher="mpi", pool="keras-torch", env={"KERAS_BACKEND": "torch"})
+def test_with_keras_on_torch(cluster):
+    check(cluster.run(all_policies, "keras"))
