@@ -48,7 +48,8 @@ class _Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         if name == _WAITING:
-            name = f"wait for {self._open[-1] if self._open else 'others'}"
+            within = self._open[-1] if self._open else "others"
+            name = within if within.startswith("wait for") else f"wait for {within}"
         self._open.append(name)
         self._within.append(0.0)
         start = time.perf_counter()
@@ -81,6 +82,9 @@ def take_apart(step: Callable[[], object], turns: int) -> dict[str, float]:
                 stack.enter_context(mock.patch.object(owner, attribute, timed))
             step()
         found.append(clock.seconds)
-    mine = {name: statistics.median(seconds[name] for seconds in found) for name in found[0]}
+    # What went one way in a turn may have gone another in the next: flags, for instance.
+    names = dict.fromkeys(name for seconds in found for name in seconds)
+    mine = {name: statistics.median(seconds.get(name, 0.0) for seconds in found) for name in names}
     everyone = hvd.allgather_object(mine, name="benchmark.phases")
-    return {name: statistics.mean(phases[name] for phases in everyone) for name in mine}
+    names = dict.fromkeys(name for phases in everyone for name in phases)
+    return {name: statistics.mean(phases.get(name, 0.0) for phases in everyone) for name in names}

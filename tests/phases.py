@@ -11,7 +11,8 @@ PHASES = ["backward", *COLLECTIVES.values(), "optimizer step"]
 
 
 def watch(reached: Callable[[str], None]) -> None:
-    """Have `reached(phase)` called when this process has begun a collective of that phase."""
+    """Have `reached(phase)` called when this process has begun a collective of that phase; or is about to, by MPI."""
+    from adacons_hvd.collectives.direct import Link
     from adacons_hvd.collectives.horovod_torch import HorovodTorch
 
     def watched(operation: Any) -> Any:
@@ -26,3 +27,13 @@ def watch(reached: Callable[[str], None]) -> None:
 
     for name in ("allreduce", "alltoall", "allgather"):
         setattr(HorovodTorch, name, watched(getattr(HorovodTorch, name)))
+
+    by_mpi = Link.sum
+
+    def call(self: Any, tensor: Any, name: str) -> Any:
+        phase = COLLECTIVES.get(name.rpartition(".")[2])
+        if phase:
+            reached(phase)
+        return by_mpi(self, tensor, name)
+
+    Link.sum = call  # type: ignore[method-assign]

@@ -32,8 +32,8 @@ _LONGEST_SLEEP = 1e-3
 #: From how many ranks on a message to each other one is no longer small.
 MOST_RANKS = 64
 
-# How a message is marked: by its link and its channel, so many of each before marks come again.
-_CHANNELS, _LINKS = 1 << 10, 1 << 20
+# How a message is marked: by its link and its channel, of which a link has so many.
+_CHANNELS = 1 << 10
 
 # Channels for what every step sends beside gradients: flags, statistics.
 _KEPT_FREE = 8
@@ -74,14 +74,14 @@ class Link:
     """The direct ways between all ranks of a process set, for one layout of one optimizer.
 
     All ranks make it together. ``ranks`` are their ranks in MPI's world, and ``number`` is the same on all of them, and
-    larger than that of every link that one of them has made before.
+    larger than that of every link that one of them has made before. ``watch`` begins a collective of Horovod's, once in
+    each step and with the first message: it fails if a rank leaves, and Horovod warns of a rank that does not begin it.
     """
 
-    #: A collective of Horovod's that all ranks have begun. It fails if one of them leaves, and Horovod warns if one of
-    #: them stops, so whoever waits for a message looks at it.
-    alive: Pending | None = None
+    #: That collective, while it is under way.
+    watched: Pending | None = None
 
-    def __init__(self, ranks: Sequence[int], rank: int, number: int) -> None:
+    def __init__(self, ranks: Sequence[int], rank: int, number: int, watch: Callable[[], Pending]) -> None:
         global _links
         from mpi4py import MPI
 
@@ -90,9 +90,16 @@ class Link:
             _groups[world] = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(world))
         self._communicator = _groups[world]
         _links = number
-        self._mark = number % _LINKS * _CHANNELS
+        marks: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+        # Those of a link come again only once so many others have been made that its messages are long gone.
+        self._mark = number % (marks // _CHANNELS) * _CHANNELS
         self._channels: dict[str, Channel] = {}
+        self._watch, self._is_watched = watch, False
         self.size, self.rank = len(world), rank
+
+    def begin_step(self) -> None:
+        """Say that another step of all ranks begins; what was watched in the last one has ended."""
+        self.watched, self._is_watched = None, False
 
     def prepare(self, tensor: torch.Tensor, name: str) -> bool:
         """Make the channel for flat tensors like this one; False if there are so many that it must take another way.
@@ -119,13 +126,20 @@ class Link:
         """Wait as long as all ranks are alive."""
         started = time.perf_counter()
         while not done():
-            if self.alive is not None and self.alive.done():
-                self.alive.wait()  # raises an error if a rank has gone
-                self.alive = None
+            if self.watched is not None and self.watched.done():
+                watched, self.watched = self.watched, None
+                try:
+                    watched.wait()
+                except Exception:
+                    # A rank has gone, maybe just after it had sent what is awaited.
+                    if not done():
+                        raise
             pause(started)
 
     def send(self, name: str, tensor: torch.Tensor) -> Channel:
         """Send everyone this flat tensor through the channel of that name, and begin to receive theirs."""
+        if not self._is_watched:
+            self.watched, self._is_watched = self._watch(), True
         channel = self.channel(name, tensor)
         self.wait(channel)  # the message before it, which all ranks have sent
         channel.send(tensor)

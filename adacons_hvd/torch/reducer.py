@@ -35,7 +35,7 @@ import torch
 from horovod.torch.mpi_ops import HorovodInternalError, mpi_enabled, mpi_lib
 
 from .. import agreement
-from ..collectives import Pending, host_name
+from ..collectives import Pending, host_name, ready
 from ..collectives.direct import MOST_RANKS, Link, Meeting, links_made, pause, world_rank
 from ..collectives.horovod_torch import HorovodTorch
 from ..collectives.hosts import Hosts
@@ -66,10 +66,6 @@ class Reducer:
     _full: list[Packing]
     #: The count of ranks under way, and whether it came to all with the same layout.
     _rank_count: Pending | None
-    #: What Horovod still carries, though nobody needs it: flags that came the direct way, and the sign of life of a
-    #: direct way that is closed. Each must have come to its end before the next of its name.
-    _flags_under_way: Pending | None
-    _alive: Pending | None
     #: Where flags go the direct way.
     _flags_meeting: Meeting | None
     _unanimous: bool | None
@@ -117,7 +113,6 @@ class Reducer:
         self._generation = numbering.generation
         #: Taken in the first step.
         self._number: int | None = None
-        self._flags_under_way = self._alive = None
 
     def _keep_up(self) -> None:
         """Start again if Horovod has been initialised anew: an elastic job's workers have changed."""
@@ -242,7 +237,11 @@ class Reducer:
         )
         ruling = decide(mine, self._exchange(mine))
         if ruling.verdict is Verdict.DISAGREE:
-            agreement.confirm(self._collectives, self._description(slots), self.name)
+            try:
+                agreement.confirm(self._collectives, self._description(slots), self.name)
+            except agreement.DisagreementError:
+                self.reset()
+                raise
         if ruling.recall is not Recall.NOTHING:
             self._recall(self._packings_for_all if ruling.recall is Recall.FOR_ALL else self._packings)
         if ruling.verdict is Verdict.STRAY:
@@ -267,18 +266,18 @@ class Reducer:
         Of ranks that have left with ``hvd.join()`` it knows nothing. So messages go both ways, and what comes first
         counts.
         """
-        if self._flags_under_way is not None:
-            self._flags_under_way.wait()
-        self._flags_under_way = flags = _send(self._collectives, mine, self.name)
+        name = f"{self.name}.flags"
+        _end(name)
+        flags = _send(self._collectives, mine, name)
         meeting = self._flags_meeting
         if meeting is not None:
             meeting.begin(torch.tensor(mine.row()))
             started = time.perf_counter()
             while not flags.done():
                 if meeting.over():
+                    _carried[numbering.generation, name] = flags
                     return _messages(meeting.rows)
                 pause(started)
-        self._flags_under_way = None
         return _messages(flags.wait())
 
     def _rely_on(self, link: Link) -> None:
@@ -286,21 +285,15 @@ class Reducer:
         if self._flags_meeting is not None:
             # In this step, because a rank may leave after it.
             self._flags_meeting.end()
-        alive, self._alive = link.alive or self._alive, None
-        if alive is not None:
-            alive.wait()
-        one = torch.ones(1)
-        link.alive = self._collectives.allreduce(one, f"{self.name}.alive", out=one)
+        _end(f"{self.name}.alive")
+        link.begin_step()
 
-    def end_what_nobody_needs(self) -> None:
-        """Wait for what Horovod still carries for this reducer, though its content is known."""
-        link = self._collectives.direct
-        for under_way in (self._flags_under_way, self._alive, None if link is None else link.alive):
-            if under_way is not None:
-                under_way.wait()
-        self._flags_under_way = self._alive = None
-        if link is not None:
-            link.alive = None
+    def _watch_ranks(self) -> Pending:
+        """Begin what tells whether all ranks are alive."""
+        name, one = f"{self.name}.alive", torch.ones(1)
+        key = numbering.generation, name
+        _carried[key] = alive = self._collectives.allreduce(one, name, out=one)
+        return ready(lambda: _end(name), lambda: key not in _carried or alive.done())
 
     def _everyones(self, text: str) -> list[str]:
         return [data.decode() for data in self._collectives.allgather_bytes(text.encode(), f"{self.name}.how")]
@@ -400,7 +393,6 @@ class Reducer:
         link, self._collectives.direct = self._collectives.direct, None
         self._flags_meeting = None
         if link is not None:
-            self._alive = link.alive
             link.drop()
 
     def _link(self, arrivals: Sequence[Arrival]) -> None:
@@ -408,7 +400,8 @@ class Reducer:
         ranks = [arrival.world_rank for arrival in arrivals]
         if min(ranks) < 0 or len(ranks) > MOST_RANKS:
             return
-        link = Link(ranks, self._collectives.rank, 1 + max(arrival.links for arrival in arrivals))
+        number = 1 + max(arrival.links for arrival in arrivals)
+        link = Link(ranks, self._collectives.rank, number, self._watch_ranks)
         self._collectives.direct = link
         self._flags_meeting = link.meeting("flags", torch.tensor(Message().row()))
 
@@ -588,6 +581,18 @@ class Reducer:
 _reducers: weakref.WeakSet[Reducer] = weakref.WeakSet()
 
 
+#: What Horovod still carries, though nobody needs it, by the count of its initialisations and by name: flags that have
+#: come the direct way, and what tells whether ranks are alive. It must have ended before another of its name begins.
+_carried: dict[tuple[int, str], Pending] = {}
+
+
+def _end(name: str) -> None:
+    """Wait for what Horovod carries by that name, if it does."""
+    pending = _carried.pop((numbering.generation, name), None)
+    if pending is not None:
+        pending.wait()
+
+
 def _ending_before(join: Callable[..., int]) -> Callable[..., int]:
     """Horovod's ``join``, called when nothing is under way.
 
@@ -596,8 +601,10 @@ def _ending_before(join: Callable[..., int]) -> Callable[..., int]:
     """
 
     def joining(*arguments: Any) -> int:
-        for reducer in list(_reducers):
-            reducer.end_what_nobody_needs()
+        for generation, name in list(_carried):
+            if generation == numbering.generation:
+                _end(name)
+        _carried.clear()
         return join(*arguments)
 
     return joining
@@ -621,14 +628,14 @@ def exchange(collectives: HorovodTorch, mine: Message, name: str) -> list[Messag
     A sum, because that is the one collective which goes on working after a ``join``; and on the
     host, so that an accelerator is never waited for.
     """
-    return _messages(_send(collectives, mine, name).wait())
+    return _messages(_send(collectives, mine, f"{name}.flags").wait())
 
 
 def _send(collectives: HorovodTorch, mine: Message, name: str) -> Pending:
     row = torch.tensor(mine.row())
     table = row.new_zeros((collectives.size, len(row)))
     table[collectives.rank] = row
-    return collectives.allreduce(table, f"{name}.flags", out=table)
+    return collectives.allreduce(table, name, out=table)
 
 
 def _messages(table: torch.Tensor) -> list[Message | None]:

@@ -58,11 +58,13 @@ def test_a_slow_rank_changes_nothing_but_the_time(cluster):
     """Slower than the stall check's patience, which names the rank that others wait for."""
     whole = digest(run(cluster))
     env = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1"}
-    slow = run(cluster, env=env, phase="backward", what=12.0)
-    assert digest(slow) == whole
-    everything = slow.log + "".join(slow.stderr)
-    assert "One or more tensors were submitted to be reduced" in everything, slow
-    assert re.search(r"^1: \[allreduce\.adacons\.0\.", everything, re.MULTILINE), slow
+    # In backward, and after it has told the others that it takes the step.
+    for phase in ("backward", "scalars"):
+        slow = run(cluster, env=env, phase=phase, what=6.0)
+        assert digest(slow) == whole
+        everything = slow.log + "".join(slow.stderr)
+        assert "One or more tensors were submitted to be reduced" in everything, slow
+        assert re.search(r"^1: \[allreduce\.adacons\.0\.", everything, re.MULTILINE), slow
 
 
 def test_a_stopped_rank_that_goes_on_changes_nothing_but_the_time(cluster, tmp_path):

@@ -252,13 +252,19 @@ def test_ranks_that_join_at_once_were_there_until_then(cluster):
 
         model, batches, chance = network(), Batches(), random.Random(3)
         optimizer, _ = distributed(model, schedule="gather")
-        for _ in range(15):
+        for epoch in range(15):
+            if epoch >= 10:
+                model = network()
+                optimizer, _ = distributed(model, schedule="gather")
             steps = [chance.randint(1, 4) for _ in range(3)]
             for step in range(steps[harness.rank()]):
                 optimizer.zero_grad()
                 loss_of(model, batches).backward()
                 optimizer.step()
                 assert optimizer.report.present == [[step < length for length in steps]]
+            if epoch >= 9:
+                # What it has begun must have ended, too, though nobody holds it any more.
+                del optimizer
             hvd.join()
             for number, p in enumerate(model.parameters()):
                 hvd.broadcast_(p.data, root_rank=steps.index(max(steps)), name=f"parameter.{number}")
