@@ -345,8 +345,11 @@ def moments(gradient: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
 def gramian(rows: torch.Tensor) -> torch.Tensor:
     """``rows @ rows.T`` of an N x d matrix."""
     workers, length = rows.shape
+    blocks = _blocks(length, workers, rows.device)
+    if len(blocks) == 1:  # as of most layers, of which there may be thousands
+        return _products(_working(rows)).double()
     result = zeros((workers, workers), rows)
-    for block in _blocks(length, workers, rows.device):
+    for block in blocks:
         result += _products(_working(rows[:, block]))
     return result
 

@@ -195,10 +195,12 @@ class Step:
     def _by_group(self, shares: Sequence[Share], shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Add up shares: ``[groups, *shape]``."""
         ops = ops_for(like)
-        tables: list[list[Tensor]] = [[] for _ in range(self.groups)]
+        nothing = ops.zeros(shape, like)
+        tables: list[Tensor] = [nothing] * self.groups
         for group, table in shares:
-            tables[group].append(ops.reshape(table, shape))
-        return ops.stack([ops.add_n(some) if some else ops.zeros(shape, like) for some in tables])
+            known = tables[group]
+            tables[group] = table if known is nothing else known + table
+        return ops.reshape(ops.stack(tables), (self.groups, *shape))
 
     def _refuse_nonfinite(self, statistics: Statistics) -> None:
         ops = ops_for(statistics.squares)

@@ -401,7 +401,7 @@ class Reducer:
         if min(ranks) < 0 or len(ranks) > MOST_RANKS:
             return
         number = 1 + max(arrival.links for arrival in arrivals)
-        link = Link(ranks, self._collectives.rank, number, self._watch_ranks)
+        link = Link(ranks, self._collectives.rank, number, _calling(weakref.WeakMethod(self._watch_ranks)))
         self._collectives.direct = link
         self._flags_meeting = link.meeting("flags", torch.tensor(Message().row()))
 
@@ -642,12 +642,11 @@ def _messages(table: torch.Tensor) -> list[Message | None]:
     return [Message.from_row(row) for row in table.tolist()]
 
 
-def _calling(method: weakref.WeakMethod[Callable[[torch.Tensor], None]]) -> Any:
-    """A hook that does not keep the reducer alive."""
+def _calling(method: weakref.WeakMethod[Callable[..., Any]]) -> Any:
+    """The method, in a form that does not keep its object alive; without effect once that is gone."""
 
-    def hook(parameter: torch.Tensor) -> None:
+    def call(*arguments: Any) -> Any:
         function = method()
-        if function is not None:
-            function(parameter)
+        return None if function is None else function(*arguments)
 
-    return hook
+    return call
