@@ -130,6 +130,7 @@ def pytorch(steps: int, sparse: bool) -> dict[str, Any]:
     import adacons_hvd.torch as hvd
     from adacons_hvd import AdaCons
     from adacons_hvd.collectives.horovod_torch import HorovodTorch
+    from adacons_hvd.torch.reducer import end_what_is_carried
 
     hvd.init()
     torch.manual_seed(0)
@@ -145,6 +146,7 @@ def pytorch(steps: int, sparse: bool) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(hvd.rank())
 
     def possessions() -> dict[str, int]:
+        end_what_is_carried()  # or there is one thing more or less, as messages have come
         return of_any_process() | {
             "names": len(calls),
             "handles": len(mpi_ops._handle_map),

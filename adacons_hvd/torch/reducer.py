@@ -56,7 +56,7 @@ from ..torch_host import OnItsWay
 from .numbering import numbering
 from .packing import DensePacking, Packing, Slot, pack
 
-__all__ = ["Reducer", "exchange", "reducer_of"]
+__all__ = ["Reducer", "end_what_is_carried", "exchange", "reducer_of"]
 
 
 class Reducer:
@@ -593,6 +593,14 @@ def _end(name: str) -> None:
         pending.wait()
 
 
+def end_what_is_carried() -> None:
+    """Wait for all that Horovod carries though nobody needs it."""
+    for generation, name in list(_carried):
+        if generation == numbering.generation:
+            _end(name)
+    _carried.clear()
+
+
 def _ending_before(join: Callable[..., int]) -> Callable[..., int]:
     """Horovod's ``join``, called when nothing is under way.
 
@@ -601,10 +609,7 @@ def _ending_before(join: Callable[..., int]) -> Callable[..., int]:
     """
 
     def joining(*arguments: Any) -> int:
-        for generation, name in list(_carried):
-            if generation == numbering.generation:
-                _end(name)
-        _carried.clear()
+        end_what_is_carried()
         return join(*arguments)
 
     return joining
