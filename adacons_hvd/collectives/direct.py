@@ -22,7 +22,7 @@ import torch
 
 from . import Pending, ready
 
-__all__ = ["MOST_RANKS", "Channel", "Link", "Meeting", "pause", "world_rank"]
+__all__ = ["MOST_RANKS", "Channel", "Link", "Meeting", "links_made", "pause", "world_rank"]
 
 # Seconds. MPI moves messages only while somebody looks for them, so for so long a rank does nothing else but let others
 # run in between; then it sleeps between looks for an eighth of the time it has waited, a millisecond at most.

@@ -47,7 +47,7 @@ class Slot:
 
     @property
     def row_length(self) -> int:
-        """How many of them are in one row."""
+        """How many real numbers one row of the gradient consists of."""
         return self.length // max(self.shape[0], 1)
 
     def signature(self) -> Any:
@@ -156,8 +156,7 @@ class SparsePacking(Packing):
 
     def pack(self, gradients: Mapping[int, Gradient], schedule: Schedule) -> SparseBucket:
         slices = [gradients[slot.index] for slot in self.slots]
-        starts = itertools.accumulate((slot.shape[0] for slot in self.slots), initial=0)
-        rows = tf.concat([some.indices + start for some, start in zip(slices, starts, strict=False)], 0)
+        rows = tf.concat([some.indices + start for some, start in zip(slices, self._starts(), strict=True)], 0)
         values = tf.concat([tf.reshape(some.values, (-1, self.slots[0].row_length)) for some in slices], 0)
         # Repeated rows must be added up before they are squared.
         once, places = distinct(rows)
@@ -165,7 +164,7 @@ class SparsePacking(Packing):
         return SparseBucket(self.name, once, values, self.slots[0].group, schedule.collectives)
 
     def unpack(self, bucket: SparseBucket) -> dict[int, Gradient]:
-        starts = list(itertools.accumulate((slot.shape[0] for slot in self.slots), initial=0))[:-1]
+        starts = self._starts()
         whose = tf.searchsorted(tf.constant(starts, tf.int64), bucket.rows, side="right") - 1
         rows = tf.dynamic_partition(bucket.rows, whose, len(starts))
         values = tf.dynamic_partition(bucket.values, whose, len(starts))
@@ -175,6 +174,10 @@ class SparsePacking(Packing):
             )
             for i, slot in enumerate(self.slots)
         }
+
+    def _starts(self) -> list[int]:
+        """The number of each slot's first row."""
+        return list(itertools.accumulate((slot.shape[0] for slot in self.slots[:-1]), initial=0))
 
 
 def pack(

@@ -45,7 +45,7 @@ class Slot:
 
     @property
     def row_length(self) -> int:
-        """How many of them are in one row."""
+        """How many real numbers one row of the gradient consists of."""
         return self.length // max(self.parameter.shape[0], 1)
 
     @property

@@ -268,7 +268,7 @@ class Reducer:
         """
         name = f"{self.name}.flags"
         _end(name)
-        flags = _send(self._collectives, mine, name)
+        flags = _begin_exchange(self._collectives, mine, name)
         meeting = self._flags_meeting
         if meeting is not None:
             meeting.begin(torch.tensor(mine.row()))
@@ -633,10 +633,10 @@ def exchange(collectives: HorovodTorch, mine: Message, name: str) -> list[Messag
     A sum, because that is the one collective which goes on working after a ``join``; and on the
     host, so that an accelerator is never waited for.
     """
-    return _messages(_send(collectives, mine, f"{name}.flags").wait())
+    return _messages(_begin_exchange(collectives, mine, f"{name}.flags").wait())
 
 
-def _send(collectives: HorovodTorch, mine: Message, name: str) -> Pending:
+def _begin_exchange(collectives: HorovodTorch, mine: Message, name: str) -> Pending:
     row = torch.tensor(mine.row())
     table = row.new_zeros((collectives.size, len(row)))
     table[collectives.rank] = row
