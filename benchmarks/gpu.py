@@ -34,7 +34,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adacons_hvd import AdaCons, Statistics
+from adacons_hvd import AdaCons, Aggregator, Curvature, Decision, Statistics
+from adacons_hvd.aggregators import Memory
+from adacons_hvd.aggregators.base import table_of
 from adacons_hvd.ops import torch as ops
 
 from .ranks import take_turns
@@ -135,19 +137,33 @@ def copying_rate(length: int, device: str) -> float:
 
 def small(device: str) -> Result:
     """From statistics to weights by number of workers, and the digest of 25 million parameters."""
-    weights = {}
-    for workers in (4, 32, 1024):
-        statistics = Statistics.of(torch.randn(workers, 64, device=device) + 0.5)
-        aggregator = AdaCons()
-        memory = aggregator.decide(statistics, {}).memory
-
-        def once(a: AdaCons = aggregator, s: Statistics = statistics, m: Any = memory) -> object:
-            return a.decide(s, m)
-
-        weights[str(workers)] = {"ms": 1e3 * seconds(once, device), **launches(once, device)}
+    weights = {
+        f"{workers}, {aggregator!r}": decision(aggregator, workers, device)
+        for aggregator in (AdaCons(), Curvature())
+        for workers in (4, 32, 1024)
+    }
     parameters = [p.detach() for p in model_of("25M", device).parameters()]
     digest = {"ms": 1e3 * seconds(lambda: ops.digest(parameters), device)}
     return {"weights, by workers": weights, "digest of 25M parameters": digest}
+
+
+def decision(aggregator: Aggregator, workers: int, device: str) -> Result:
+    """From a table of inner products to weights, operation by operation and recorded."""
+    rows = torch.randn(workers, 256, device=device) + 0.5
+    past = torch.randn(aggregator.history + 1, 256, device=device) if aggregator.history else None
+    table = table_of(rows, aggregator.needs_gramian, past)
+    present = torch.ones(workers, dtype=torch.bool, device=device)
+
+    def decide(table: torch.Tensor, memory: Memory) -> Decision:
+        return aggregator.decide(Statistics.read(table, present, aggregator.needs_gramian, aggregator.history), memory)
+
+    memory = decide(table, {}).memory
+    recorded = ops.recorded(decide)
+    ways: dict[str, Callable[[], object]] = {
+        "plain": lambda: decide(table, memory),
+        "recorded": lambda: recorded("", table, memory),
+    }
+    return {name: {"ms": 1e3 * seconds(once, device), **launches(once, device)} for name, once in ways.items()}
 
 
 def launches(once: Callable[[], object], device: str) -> dict[str, int]:

@@ -40,6 +40,7 @@ class AdaCons(Aggregator):
     """
 
     portable = True
+    pure = True
 
     def __init__(
         self,

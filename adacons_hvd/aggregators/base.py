@@ -149,6 +149,11 @@ class Aggregator:
     #: workers whose gradients are on the host.
     portable: ClassVar[bool] = False
 
+    #: Set to True, in the very class that has the mathematics, if what it decides depends on nothing but its arguments
+    #: and the settings in its ``repr``, and if it reads no number and changes nothing. On a GPU the operations of a
+    #: decision are then recorded once and repeated by one launch.
+    pure: ClassVar[bool] = False
+
     #: How many steps' mean gradients the aggregator wants to be kept for it, sharded over the workers. It then finds
     #: ``statistics.past`` and may give the means weights of their own, ``Decision.past_weights``. The same schedules
     #: can do it as have the Gramian.
@@ -201,6 +206,11 @@ class Aggregator:
     def is_portable(self) -> bool:
         """Whether this very class says that it is; one that is derived from it may compute in another way."""
         return bool(vars(type(self)).get("portable", False))
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether this very class says that it is."""
+        return bool(vars(type(self)).get("pure", False))
 
     # --- what every aggregator shares -----------------------------------------------------------
 

@@ -46,6 +46,8 @@ class Curvature(Aggregator):
     [1.09, 0.24]
     """
 
+    pure = True
+
     def __init__(
         self,
         memory: int = 8,

@@ -17,6 +17,7 @@ class Mean(Aggregator):
     """
 
     portable = True
+    pure = True
 
     def __init__(self, nonfinite: str = "propagate") -> None:
         self.nonfinite = one_of("nonfinite", nonfinite, NONFINITE_POLICIES)

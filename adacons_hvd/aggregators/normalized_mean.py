@@ -31,6 +31,8 @@ class NormalizedMean(Aggregator):
     tensor([0.5000, 0.5000])
     """
 
+    pure = True
+
     def __init__(self, length: str = "unit", nonfinite: str = "propagate") -> None:
         self.length = one_of("length", length, ("unit", "agreement"))
         self.nonfinite = one_of("nonfinite", nonfinite, NONFINITE_POLICIES)

@@ -60,6 +60,10 @@ class MovingAverages(Aggregator):
         return self.aggregator.is_portable
 
     @property
+    def is_pure(self) -> bool:
+        return self.aggregator.is_pure
+
+    @property
     def elementwise(self) -> bool:
         return self.aggregator.elementwise
 

@@ -83,6 +83,13 @@ class SmallOps(Protocol):
         """``[..., rows, k]``: zeros, but for ``x``, ``[..., k]``, in one row."""
         ...
 
+    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` with a key before its arguments, its operations repeated by one launch where a device can.
+
+        It must depend on nothing but the key and its arguments, change nothing, and read no number.
+        """
+        ...
+
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor: ...
 
     def transposed(self, x: Tensor) -> Tensor:

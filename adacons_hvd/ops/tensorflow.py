@@ -195,6 +195,11 @@ def solve(matrix: tf.Tensor, right: tf.Tensor, ridge: tf.Tensor) -> tf.Tensor:
     return tf.linalg.cholesky_solve(tf.linalg.cholesky(damped), right[..., None])[..., 0]
 
 
+def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with a key before its arguments: it is a part of a graph as it is."""
+    return lambda key, *arguments: function(*arguments)
+
+
 def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
     return tf.reshape(x, tuple(shape))
 

@@ -15,6 +15,7 @@ from ..torch_host import OnItsWay
 from . import TURN
 from .plain import Plain
 from .protocol import Tensor
+from .torch_graphs import Recorded
 
 if TYPE_CHECKING:
     from . import torch_cuda
@@ -228,6 +229,11 @@ def reshape(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 # --- large operations -----------------------------------------------------------------------
+
+
+def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with a key before its arguments, on an NVIDIA GPU by one launch; see :class:`Recorded`."""
+    return Recorded(function)
 
 
 def bound(function: Callable[[torch.Tensor], torch.Tensor], argument: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -37,6 +37,8 @@ class Step:
     names: Sequence[str] = ()
     #: News that is on its way to the host.
     _news: Any = field(default=None, init=False, repr=False)
+    #: :meth:`_decide` in the form that is recorded, once a framework's tensors are known.
+    _recorded: Any = field(default=None, init=False, repr=False)
 
     @property
     def may_begin_early(self) -> bool:
@@ -68,18 +70,14 @@ class Step:
                 bucket.begin()
         reference = buckets[0].reference
         plain = self._is_plain(reference)
-        statistics = self._statistics(buckets, takes_part, plain)
-        if not (isinstance(unscale, float) and unscale == 1.0):
-            statistics = statistics.scaled(as_plain(unscale) if plain and not isinstance(unscale, float) else unscale)
-        if self.aggregator.nonfinite == "raise":
-            self._refuse_nonfinite(statistics)
+        table, present = self._table(buckets, takes_part, plain)
+        factor = unscale
         if plain:
             memory = {name: as_plain(value) for name, value in memory.items()}
-        decision = self.aggregator.decide(statistics, memory)
+            factor = unscale if isinstance(unscale, float) else as_plain(unscale)
+        decision, statistics = self._decided(table, present, factor, memory)
         if decision.news is not None:
             self._tell(decision.news)
-        # Those that the aggregator left out are no part of the mean that a history keeps, and absent in the report.
-        statistics = replace(statistics, present=decision.present)
         combination = self._combination(decision, statistics.present, unscale, reference)
         for bucket in buckets:
             bucket.combine(combination)
@@ -87,6 +85,31 @@ class Step:
             bucket.finish()
             bucket.memory, bucket.unscale = decision.memory, unscale
         return decision, statistics
+
+    def _decided(
+        self, table: Tensor, present: Tensor, unscale: Tensor | float, memory: Memory
+    ) -> tuple[Decision, Statistics]:
+        """Decide; on an accelerator by one launch, where the aggregator allows it."""
+        aggregator = self.aggregator
+        if not aggregator.is_pure or aggregator.nonfinite == "raise":
+            return self._decide(table, present, unscale, memory)
+        if self._recorded is None:
+            self._recorded = ops_for(table).recorded(self._decide)
+        found: tuple[Decision, Statistics] = self._recorded(repr(aggregator), table, present, unscale, memory)
+        return found
+
+    def _decide(
+        self, table: Tensor, present: Tensor, unscale: Tensor | float, memory: Memory
+    ) -> tuple[Decision, Statistics]:
+        """From the table of inner products to weights."""
+        statistics = Statistics.read(table, present, self.aggregator.needs_gramian, self.aggregator.history)
+        if not (isinstance(unscale, float) and unscale == 1.0):
+            statistics = statistics.scaled(unscale)
+        if self.aggregator.nonfinite == "raise":
+            self._refuse_nonfinite(statistics)
+        decision = self.aggregator.decide(statistics, memory)
+        # Those that the aggregator left out are no part of the mean that a history keeps, and absent in the report.
+        return decision, replace(statistics, present=decision.present)
 
     def _tell(self, news: Tensor) -> None:
         """Let the aggregator tell its news; a step later where a device would have to be waited for."""
@@ -153,7 +176,8 @@ class Step:
             bucket.blank_unless(finite)
         return finite
 
-    def _statistics(self, buckets: Sequence[Bucket], takes_part: Tensor | None, plain: bool) -> Statistics:
+    def _table(self, buckets: Sequence[Bucket], takes_part: Tensor | None, plain: bool) -> tuple[Tensor, Tensor]:
+        """The inner products of all workers' gradients for every group, and who takes part."""
         gramian = self.aggregator.needs_gramian
         workers, rank = self.collectives.size, self.collectives.rank
         history = self.aggregator.history
@@ -169,7 +193,7 @@ class Step:
         if takes_part is None and all(bucket.complete for bucket in buckets):
             tables = [Share(share.group, read(share.table)) for share, _ in shares]
             table = self._by_group(tables, (workers, width), like)
-            return Statistics.read(table, ops.booleans((self.groups, workers), True, table), gramian, history)
+            return table, ops.booleans((self.groups, workers), True, table)
 
         # What every worker knows in full must be counted once: each gives its own row of it.
         known = [Share(s.group, read(s.table[rank] if b.complete else s.table)) for s, b in shares]
@@ -190,7 +214,7 @@ class Step:
             message = direct.sum(message, name)
         table = ops.reshape(read(message[:-workers]), (self.groups, workers, width))
         present = ops.zeros((self.groups, workers), table) + read(message[-workers:]) > 0
-        return Statistics.read(table, present, gramian, history)
+        return table, present
 
     def _by_group(self, shares: Sequence[Share], shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Add up shares: ``[groups, *shape]``."""

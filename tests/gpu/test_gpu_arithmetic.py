@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from gpu_job import DEVICE, not_waiting, why_not
 
-from adacons_hvd import AdaCons, Mean, Statistics
+from adacons_hvd import AdaCons, Aggregator, Curvature, Decision, Mean, NormalizedMean, Statistics
+from adacons_hvd.insight import SickWorkers
 from adacons_hvd.ops import torch as ops
 
 if why_not():
@@ -89,6 +92,70 @@ def test_weights_are_those_of_the_host():
                 there_decision = aggregator.decide(there, memories[1])
                 memories = [here_decision.memory, there_decision.memory]
                 assert off(there_decision.weights.cpu(), here_decision.weights) < 1e-12
+
+
+AGGREGATORS = [AdaCons(), Mean(), NormalizedMean(), Curvature(), Curvature(workers=False), Curvature(memory=0)]
+AGGREGATORS += [SickWorkers(AdaCons(), policy="exclude", callback=print)]
+
+
+def random_table(aggregator: Aggregator, workers: int, groups: int, step: int) -> torch.Tensor:
+    """The table that a schedule makes of gradients that differ from step to step."""
+    generator = torch.Generator(DEVICE).manual_seed(step)
+    rows = torch.randn(groups, workers, 50, generator=generator, device=DEVICE, dtype=torch.float64) + 0.5
+    past = torch.randn(groups, aggregator.history, 50, generator=generator, device=DEVICE, dtype=torch.float64)
+    products = rows @ rows.mT
+    if not aggregator.needs_gramian:
+        products = torch.stack([products.sum(-1), products.diagonal(dim1=-2, dim2=-1)], -1)
+    return torch.cat([products, rows @ past.mT], -1)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("workers", [2, 32])
+@pytest.mark.parametrize("aggregator", AGGREGATORS, ids=repr)
+def test_a_recorded_decision_is_the_same_bits(aggregator, workers, groups):
+    def decide(table: torch.Tensor, present: torch.Tensor, memory: dict[str, torch.Tensor]) -> Decision:
+        statistics = Statistics.read(table, present, aggregator.needs_gramian, aggregator.history)
+        return aggregator.decide(statistics, memory)
+
+    recorded = ops.recorded(decide)
+    plain, repeated, kept = {}, {}, []
+    for step in range(12):
+        table = random_table(aggregator, workers, groups, step)
+        present = torch.ones(groups, workers, dtype=torch.bool, device=DEVICE)
+        present[:, -1] = step % 4 != 3
+        if step == 5:
+            table[0, 0] = torch.nan
+        expected = decide(table.clone(), present, plain)
+        with not_waiting() if step > 3 else contextlib.nullcontext():
+            found = recorded(repr(aggregator), table, present, repeated)
+        plain, repeated = expected.memory, found.memory
+        kept.append((expected, found))
+    # All at the end, so that a result which the next step has overwritten is noticed.
+    for expected, found in kept:
+        assert equal_bits(found, expected)
+    assert (recorded._graph is not None) == (DEVICE == "cuda")
+
+
+def equal_bits(found: Decision, expected: Decision) -> bool:
+    """Whether two decisions are the same in all that they hold."""
+    pairs = [(getattr(found, field.name), getattr(expected, field.name)) for field in dataclasses.fields(Decision)]
+    named = [(dict(a), dict(b)) for a, b in pairs if isinstance(a, Mapping)]
+    pairs += [(a[name], b[name]) for a, b in named for name in a.keys() | b.keys()]
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(b, torch.Tensor)) and all(
+        (a is None) == (b is None) for a, b in pairs
+    )
+
+
+def test_a_setting_that_changes_changes_what_is_recorded():
+    aggregator, table = AdaCons(), random_table(AdaCons(), 4, 1, 0)
+    present = torch.ones(1, 4, dtype=torch.bool, device=DEVICE)
+    recorded = ops.recorded(lambda t, p, m: aggregator.decide(Statistics.read(t, p, False), m))
+    memory = recorded(repr(aggregator), table, present, {}).memory
+    for step in range(8):
+        aggregator.scale = "average" if step > 3 else "unit"
+        found = recorded(repr(aggregator), table, present, memory)
+        assert equal_bits(found, aggregator.decide(Statistics.read(table, present, False), memory))
+        memory = found.memory
 
 
 def test_a_sketch_is_that_of_the_host():
