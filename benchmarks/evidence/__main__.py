@@ -7,17 +7,21 @@ nothing: it puts what the records there hold into ``benchmarks/results/evidence.
 from __future__ import annotations
 
 import argparse
+import functools
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from . import linear, page, report, spread
-from .search import CHOOSING, Finished, Record, choose
+from .search import CHOOSING, Finished, Record, Shared, UnfinishedError, choose
 from .studies import Grid, grids
+from .training import Setting
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -27,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     # One thread, for figures that do not depend on how many there are.
     torch.set_num_threads(1)
     console = Console(soft_wrap=True)
-    wanted = [grid for only in args.only or [""] for grid in grids(args.quick) if only in grid.title]
+    wanted = [grid for only in args.only or [""] for grid in asked(only, grids(args.quick))]
     if args.plan:
         console.print(plan(wanted), markup=False)
         return 0
@@ -35,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         studies = page.merged(page.collected(wanted, Finished(sorted(args.out.glob("*.json")))), args.results)
         page.write(studies, args.results, args.page)
         console.print(*(page.tables(study) for study in studies.values()), sep="\n", markup=False)
+        return 0
+    if args.processes > 1:
+        together(wanted, args.out / f"{args.record}.json", args.processes, args.device, 60 * args.minutes)
         return 0
     pictures = args.pictures or (args.out if args.quick else DOCS)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", action="append", help="only studies whose title holds this; may be given repeatedly")
+    parser.add_argument(
+        "--only", action="append", help="only studies whose title holds this, or a column: TITLE@COLUMN"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="how many runs at a time; prints nothing")
+    parser.add_argument("--device", default="cpu", help="where those train models of a million parameters and more")
+    parser.add_argument("--minutes", type=float, default=600, help="after which those begin no other run")
     parser.add_argument("--plan", action="store_true", help="only say which studies there are, with their budgets")
     parser.add_argument("--quick", action="store_true", help="a few steps and seeds: that it runs, not what it finds")
     parser.add_argument("--report", action="store_true", help="only make the page, of what is recorded")
@@ -72,6 +84,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=page.RESULTS, help="the data of the page")
     parser.add_argument("--page", type=Path, default=DOCS / "evidence.md", help="where the page goes")
     return parser.parse_args(arguments)
+
+
+def asked(only: str, every: Sequence[Grid]) -> list[Grid]:
+    """The studies that an ``--only`` asks for."""
+    title, _, column = only.partition("@")
+    found = [grid for grid in every if title in grid.title]
+    return [grid.of(column) for grid in found if column in grid.columns] if column else found
 
 
 def plan(wanted: Sequence[Grid]) -> str:
@@ -97,6 +116,26 @@ def run(grid: Grid, record: Record, choosing: Sequence[int], reported: Sequence[
                 if time.process_time() > end:
                     return
                 record.score(setting, rate, seed, final=True)
+
+
+def together(wanted: Sequence[Grid], path: Path, processes: int, device: str, seconds: float) -> None:
+    """Run the cells of studies side by side, in the order of the studies."""
+    context = multiprocessing.get_context("spawn")
+    one_thread = functools.partial(torch.set_num_threads, 1)
+    with ProcessPoolExecutor(processes, context, one_thread) as workers, ThreadPoolExecutor(processes) as threads:
+        record = Shared(path, workers, device, seconds)
+
+        def cell(settings: Sequence[Setting], seeds: Sequence[int]) -> None:
+            try:
+                setting, rate = choose(record, settings)
+                for seed in seeds:
+                    record.score(setting, rate, seed, final=True)
+            except UnfinishedError:
+                pass
+
+        begun = [threads.submit(cell, settings, grid.seeds) for grid in wanted for settings in grid.cells.values()]
+        for one in begun:
+            one.result()
 
 
 if __name__ == "__main__":

@@ -129,8 +129,13 @@ def summary(studies: Studies, optimizer: str) -> str:
     rows += [
         (f"{kind}, {name}, {optimizer}", size, f"{name}, {size}, {count} workers, 200 steps")
         for name in ("images", "language")
-        for kind, count in {"size with 32 workers": 32, "size": 8, "largest": 8}.items()
+        for kind, count in {"size with 32 workers": 32, "size": 8}.items()
         for size in _PARAMETERS
+    ]
+    rows += [
+        (f"largest, {name}, {optimizer}", steps, f"{name}, 10M, 8 workers, {steps}")
+        for name in ("images", "language")
+        for steps in ("200 steps", "1,000 steps")
     ]
     pairs = [*((method, AVERAGE) for method in _METHODS), (CURVATURE, NORMALIZED)]
     lines = []
@@ -186,10 +191,12 @@ def comparisons(studies: Studies) -> str:
 def by_size(studies: Studies, name: str, optimizer: str) -> dict[str, list[tuple[float, float, float]]]:
     """Points of leads over the average: the number of parameters, the mean, half of the interval."""
     found: dict[str, list[tuple[float, float, float]]] = {}
-    for title in (f"size, {name}, {optimizer}", f"largest, {name}, {optimizer}"):
+    places = [(f"size, {name}, {optimizer}", size, size) for size in _PARAMETERS]
+    for title, column, size in [*places, (f"largest, {name}, {optimizer}", "200 steps", "10M")]:
         for method in (NORMALIZED, PAST_ONLY, CURVATURE):
-            for size, parameters in _PARAMETERS.items():
-                differences = report.compared(studies[title], method, AVERAGE, size) if title in studies else None
+            if title in studies:
+                differences = report.compared(studies[title], method, AVERAGE, column)
                 if differences:
+                    parameters = _PARAMETERS[size]
                     found.setdefault(method, []).append((parameters, *report.interval(differences)))
     return found

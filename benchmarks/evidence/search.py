@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ FARTHEST = 12
 
 
 class UnfinishedError(LookupError):
-    """A run that is not in a record which only reads."""
+    """A run that is not in a record which only reads, or for which there is no time left."""
 
 
 class Record:
@@ -33,19 +36,46 @@ class Record:
 
     def get(self, key: str, run: Callable[[], Any]) -> Any:
         if key not in self.runs:
-            self.runs[key] = run()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.runs, indent=0), encoding="utf-8")
-            partial.replace(self.path)
+            self._add(key, run())
         return self.runs[key]
+
+    def _add(self, key: str, found: Any) -> None:
+        self.runs[key] = found
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.runs, indent=0), encoding="utf-8")
+        partial.replace(self.path)
+
+    def train(self, setting: Setting, rate: float, seed: int, final: bool) -> float | None:
+        return train(setting, rate, seed, final)
 
     def score(self, setting: Setting, rate: float, seed: int, final: bool) -> float:
         """The score of a run; one that diverged has the worst there is."""
         key = f"{setting}, rate {rate:g}, seed {seed}, {'test' if final else 'validation'}"
-        found = self.get(key, lambda: train(setting, rate, seed, final))
+        found = self.get(key, lambda: self.train(setting, rate, seed, final))
         worst = float("-inf") if task(setting.task).best is max else float("inf")
         return found if isinstance(found, float) else worst
+
+
+class Shared(Record):
+    """A record for several threads, whose runs are made by other processes, and none after some time."""
+
+    def __init__(self, path: Path, processes: Executor, device: str, seconds: float) -> None:
+        super().__init__(path)
+        self._processes = processes
+        self._device = device
+        self._end = time.monotonic() + seconds
+        self._lock = threading.Lock()
+
+    def train(self, setting: Setting, rate: float, seed: int, final: bool) -> float | None:
+        if time.monotonic() > self._end:
+            raise UnfinishedError(str(setting))
+        device = self._device if setting.large else "cpu"
+        return self._processes.submit(train, setting, rate, seed, final, device).result()
+
+    def _add(self, key: str, found: Any) -> None:
+        with self._lock:
+            super()._add(key, found)
 
 
 class Finished(Record):

@@ -60,7 +60,7 @@ class Task:
 
 #: How wide a model is in order to have about so many parameters.
 IMAGE_WIDTHS = {"": 64, "100k": 230, "1M": 900, "10M": 3050}
-LANGUAGE_WIDTHS = {"": 32, "100k": 84, "1M": 280}
+LANGUAGE_WIDTHS = {"": 32, "100k": 84, "1M": 280, "10M": 904}
 
 
 @functools.cache
@@ -132,7 +132,7 @@ def _language(width: int) -> Task:
         x = p["letters"][x] + p["places"]
         q, k, v = functional.linear(functional.layer_norm(x, (width,)), p["qkv"]).unflatten(-1, (6, -1)).chunk(3, -2)
         scores = torch.einsum("...qhd,...khd->...hqk", q, k) / math.sqrt(q.shape[-1])
-        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         mixed = torch.einsum("...hqk,...khd->...qhd", scores.masked_fill(later, -torch.inf).softmax(-1), v)
         x = x + functional.linear(mixed.flatten(-2), p["mix"])
         hidden = functional.relu(functional.linear(functional.layer_norm(x, (width,)), p["up"]))

@@ -55,6 +55,11 @@ class Setting:
         return ", ".join(word for word in words if word)
 
     @property
+    def large(self) -> bool:
+        """Whether an accelerator would train it faster."""
+        return self.task.endswith("M")
+
+    @property
     def choice(self) -> str:
         """What was tuned of it beside the rate."""
         if self.clip:
@@ -62,22 +67,22 @@ class Setting:
         return f"decay {self.decay:g}" if self.optimizer in ("AdamW", "Muon") else f"beta2 {self.beta2:g}"
 
 
-def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None:
+def train(setting: Setting, rate: float, seed: int, final: bool, device: str = "cpu") -> float | None:
     """Train; the score, or None if parameters became infinite.
 
-    The same seed gives every contender the same start and the same batches. ``final`` measures on
-    the test data, otherwise on those where rates are chosen.
+    The same seed gives every contender the same start and the same batches, because all that is random is drawn on the
+    host. ``final`` measures on the test data, otherwise on those where rates are chosen.
     """
     work = task(setting.task)
     generator = torch.Generator().manual_seed(seed)
-    vector = work.start(generator)
+    vector = work.start(generator).to(device)
     parameters = work.named(vector)
-    gradients = gradients_of(work, len(vector))
+    gradients = gradients_of(work, vector)
     aggregator = CONTENDERS[setting.contender].make()
     optimizers = optimizers_of(setting, work, vector, parameters)
     shards = shares(setting, work, generator)
     for step in range(setting.steps):
-        x, y = draw(setting, work, shards, generator)
+        x, y = (part.to(device) for part in draw(setting, work, shards, generator))
         rows = gradients(parameters, x, y)
         spoil(setting, rows, generator)
         if setting.clip == "before":
@@ -93,17 +98,17 @@ def train(setting: Setting, rate: float, seed: int, final: bool) -> float | None
             optimizer.step()
         if step % 20 == 0 and not vector.isfinite().all():
             return None
-    x, y = work.test if final else work.validation
+    x, y = (part.to(device) for part in (work.test if final else work.validation))
     found = work.score(work.model(parameters, x), y)
     return found if math.isfinite(found) and vector.isfinite().all() else None
 
 
-def gradients_of(work: Task, size: int) -> Callable[[Parameters, torch.Tensor, torch.Tensor], torch.Tensor]:
+def gradients_of(work: Task, vector: torch.Tensor) -> Callable[[Parameters, torch.Tensor, torch.Tensor], torch.Tensor]:
     """The function that computes the gradients of all workers, ``[N, size]``, each for a batch of its own."""
-    rows = torch.empty(0, size)
+    rows = vector.new_empty(0)
 
     def one_by_one(parameters: Parameters, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        rows.resize_(len(x), size)
+        rows.resize_(len(x), len(vector))
         leaves = {name: piece.detach().requires_grad_() for name, piece in parameters.items()}
         for row, inputs, targets in zip(rows, x, y, strict=True):
             found = torch.autograd.grad(work.loss(work.model(leaves, inputs), targets), list(leaves.values()))
@@ -114,7 +119,7 @@ def gradients_of(work: Task, size: int) -> Callable[[Parameters, torch.Tensor, t
         return torch.cat([piece.flatten(1) for piece in slopes(parameters, x, y).values()], 1)
 
     slopes = vmap(grad(lambda p, x, y: work.loss(work.model(p, x), y)), (None, 0, 0))
-    return one_by_one if size >= LARGE else together
+    return one_by_one if len(vector) >= LARGE else together
 
 
 def optimizers_of(
@@ -165,5 +170,5 @@ def draw(
 def spoil(setting: Setting, rows: torch.Tensor, generator: torch.Generator) -> None:
     """ "corrupted": the last worker sends noise, ten times as long as the others' gradients; "badly", a hundred."""
     if "corrupted" in setting.trouble:
-        noise = torch.randn(rows.shape[1], generator=generator)
+        noise = torch.randn(rows.shape[1], generator=generator).to(rows.device)
         rows[-1] = (100 if "badly" in setting.trouble else 10) * rows[:-1].norm(dim=1).mean() * noise / noise.norm()
