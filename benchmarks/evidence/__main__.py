@@ -122,12 +122,15 @@ def together(wanted: Sequence[Grid], path: Path, processes: int, device: str, se
     """Run the cells of studies side by side, in the order of the studies."""
     context = multiprocessing.get_context("spawn")
     one_thread = functools.partial(torch.set_num_threads, 1)
-    with ProcessPoolExecutor(processes, context, one_thread) as workers, ThreadPoolExecutor(processes) as threads:
+    # A cell asks for six runs at a time.
+    cells = max(2, processes // 3)
+    with ProcessPoolExecutor(processes, context, one_thread) as workers, ThreadPoolExecutor(cells) as threads:
         record = Shared(path, workers, device, seconds)
 
         def cell(settings: Sequence[Setting], seeds: Sequence[int]) -> None:
             try:
                 setting, rate = choose(record, settings)
+                record.expect(setting, [rate], seeds, final=True)
                 for seed in seeds:
                     record.score(setting, rate, seed, final=True)
             except UnfinishedError:
@@ -136,6 +139,7 @@ def together(wanted: Sequence[Grid], path: Path, processes: int, device: str, se
         begun = [threads.submit(cell, settings, grid.seeds) for grid in wanted for settings in grid.cells.values()]
         for one in begun:
             one.result()
+        workers.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

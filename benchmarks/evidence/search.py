@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,22 @@ class Record:
     def train(self, setting: Setting, rate: float, seed: int, final: bool) -> float | None:
         return train(setting, rate, seed, final)
 
+    def expect(self, setting: Setting, rates: Iterable[float], seeds: Iterable[int], final: bool) -> None:
+        """Be told of runs that will be asked for next."""
+
     def score(self, setting: Setting, rate: float, seed: int, final: bool) -> float:
         """The score of a run; one that diverged has the worst there is."""
-        key = f"{setting}, rate {rate:g}, seed {seed}, {'test' if final else 'validation'}"
-        found = self.get(key, lambda: self.train(setting, rate, seed, final))
+        found = self.get(_key(setting, rate, seed, final), lambda: self.train(setting, rate, seed, final))
         worst = float("-inf") if task(setting.task).best is max else float("inf")
         return found if isinstance(found, float) else worst
 
 
+def _key(setting: Setting, rate: float, seed: int, final: bool) -> str:
+    return f"{setting}, rate {rate:g}, seed {seed}, {'test' if final else 'validation'}"
+
+
 class Shared(Record):
-    """A record for several threads, whose runs are made by other processes, and none after some time."""
+    """A record for several threads, whose runs are made by other processes, and none is begun after some time."""
 
     def __init__(self, path: Path, processes: Executor, device: str, seconds: float) -> None:
         super().__init__(path)
@@ -66,12 +73,28 @@ class Shared(Record):
         self._device = device
         self._end = time.monotonic() + seconds
         self._lock = threading.Lock()
+        self._begun: dict[str, Future[float | None]] = {}
 
     def train(self, setting: Setting, rate: float, seed: int, final: bool) -> float | None:
-        if time.monotonic() > self._end:
-            raise UnfinishedError(str(setting))
-        device = self._device if setting.large else "cpu"
-        return self._processes.submit(train, setting, rate, seed, final, device).result()
+        return self._begin(setting, rate, seed, final).result()
+
+    def expect(self, setting: Setting, rates: Iterable[float], seeds: Iterable[int], final: bool) -> None:
+        for rate, seed in itertools.product(rates, seeds):
+            self._begin(setting, rate, seed, final)
+
+    def _begin(self, setting: Setting, rate: float, seed: int, final: bool) -> Future[float | None]:
+        key = _key(setting, rate, seed, final)
+        with self._lock:
+            if key not in self._begun:
+                if key in self.runs:
+                    self._begun[key] = Future()
+                    self._begun[key].set_result(self.runs[key])
+                elif time.monotonic() > self._end:
+                    raise UnfinishedError(key)
+                else:
+                    device = self._device if setting.large else "cpu"
+                    self._begun[key] = self._processes.submit(train, setting, rate, seed, final, device)
+            return self._begun[key]
 
     def _add(self, key: str, found: Any) -> None:
         with self._lock:
@@ -120,6 +143,7 @@ def best_rate(record: Record, setting: Setting, choosing: Sequence[int] = CHOOSI
     best = task(setting.task).best
     start = at = first_guess(setting)
     while True:
+        record.expect(setting, (2.0**power for power in (at, at - 1, at + 1)), choosing, final=False)
         found = best((at, at - 1, at + 1), key=lambda power: validation(record, setting, 2.0**power, choosing))
         if found == at:
             return 2.0**at
