@@ -131,6 +131,7 @@ def _cluster(options: argparse.Namespace) -> list[dict[str, Any]]:
     for elements in live.SIZES:
         choice = choose(rates, 4.0 * elements, BUCKET_BYTES)
         choices.append({"where": where, "bytes": 4 * elements, "schedule": choice.schedule, "reason": choice.reason})
+        choices[-1]["curvature"] = choose(rates, 4.0 * elements, BUCKET_BYTES, aggregator=Curvature()).reason
         choices[-1]["history_bytes"] = _history(elements, options.workers)
     return choices
 
@@ -193,7 +194,8 @@ def _show(screen: Any, found: dict[str, Any]) -> None:
             if choice["where"] == place:
                 screen.print(f"  {choice['reason'].removeprefix('auto: ')}")
                 kept = " or ".join(f"{b / 1e6:.3g} MB with {name}" for name, b in choice["history_bytes"].items())
-                screen.print(f"    the history of Curvature() takes {kept} on each worker")
+                screen.print(f"    with Curvature(): {choice['curvature'].partition(', ')[2]}")
+                screen.print(f"    its history takes {kept} on each worker")
     for line in found["advice"]:
         screen.print(line)
 

@@ -78,6 +78,7 @@ def horovod_torch(launcher: str) -> None:
     import torch
 
     import adacons_hvd.torch as hvd
+    from adacons_hvd import Curvature
 
     horovod(hvd, launcher, torch.ones, torch.Tensor.tolist)
     gradients = torch.tensor(GRADIENTS)
@@ -91,13 +92,18 @@ def horovod_torch(launcher: str) -> None:
         return (-parameter).tolist()
 
     steps(step, hvd.AdaCons()(gradients).tolist())
-    for elements in SIZES:
+
+    def report(elements: int, aggregator: Any) -> Any:
         parameter = torch.nn.Parameter(torch.zeros(elements))
         sgd = torch.optim.SGD([parameter], lr=1.0)
-        optimizer = hvd.DistributedOptimizer(sgd, [(f"p{elements}", parameter)], aggregator=hvd.AdaCons())
+        optimizer = hvd.DistributedOptimizer(sgd, [(f"p{elements}", parameter)], aggregator=aggregator)
         parameter.sum().backward()
         optimizer.step()
-        say(kind="choice", bytes=4 * elements, schedule=optimizer.report.schedule, reason=optimizer.report.reason)
+        return optimizer.report
+
+    for elements in SIZES:
+        chosen, curvature = report(elements, hvd.AdaCons()), report(elements, Curvature()).reason
+        say(kind="choice", bytes=4 * elements, schedule=chosen.schedule, reason=chosen.reason, curvature=curvature)
     say(kind="ended", rank=hvd.rank())
     hvd.shutdown()
 

@@ -87,9 +87,11 @@ class Recipe:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
         # The frameworks are asked for their flags by running this interpreter; their chatter is not an answer.
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        # CMake 4 refuses what asks to be read as CMake before 3.5 did, as Horovod's copy of Gloo does.
+        policy = {"CMAKE_POLICY_VERSION_MINIMUM": "3.5"}
         # The compiler's temporary files go where the disk was checked and where they are removed with the rest.
         placed = {"MAKEFLAGS": f"-j{jobs}", "TMPDIR": str(scratch)}
-        return inherited | self.settings() | quiet | placed | (found or {})
+        return inherited | self.settings() | quiet | policy | placed | (found or {})
 
     def facts(self) -> dict[str, str]:
         """Everything that decides what the wheel holds, by name."""

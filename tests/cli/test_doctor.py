@@ -33,6 +33,9 @@ def test_a_healthy_machine(tmp_path):
     for choice in found["choices"]:
         assert choice["schedule"] in choice["reason"]
         assert "2 workers on 1 host" in choice["reason"]
+        # Of the schedules that can have a history.
+        assert "should take" in choice["curvature"]
+        assert "two-pass" not in choice["curvature"]
 
 
 def test_tensorflow_is_checked_too(tmp_path):
@@ -69,6 +72,7 @@ def test_a_cluster_that_is_not_at_hand(network, schedule, tmp_path):
     shown = adacons("doctor", "--no-live", "--workers", "64", *network, folder=tmp_path)
     assert shown.returncode == 0
     assert largest["reason"].removeprefix("auto: ") in " ".join(shown.stdout.split())
+    assert "with Curvature(): one-pass should take" in shown.stdout
 
 
 def test_a_cluster_of_nobody(tmp_path):
