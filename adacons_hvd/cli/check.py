@@ -107,7 +107,10 @@ def _choices(launcher: str, lines: list[Line]) -> list[dict[str, Any]]:
     where = f"here, {RANKS} processes under {launcher}"
     # All ranks say the same.
     by_size = {line["bytes"]: line for line in _of_kind("choice", lines)}
-    return [{"where": where, **{k: line[k] for k in ("bytes", "schedule", "reason", "curvature")}} for line in by_size.values()]
+    return [
+        {"where": where, **{k: line[k] for k in ("bytes", "schedule", "reason", "curvature")}}
+        for line in by_size.values()
+    ]
 
 
 def _why_it_failed(finished: Finished, lines: list[Line]) -> str | None:

@@ -58,6 +58,7 @@ def train(
     layers: bool = False,
     autocast: str = "",
     stream: bool = False,
+    curvature: dict[str, Any] | None = None,
     steps: int = 5,
 ) -> tuple[list[float], str]:
     """Errors of every step, and the schedule that was used.
@@ -68,10 +69,11 @@ def train(
     import copy
 
     import gpu_job
+    import oracle
     import torch
 
     import adacons_hvd.ddp
-    from adacons_hvd import AdaCons
+    from adacons_hvd import AdaCons, Curvature
 
     device = gpu_job.DEVICE
     dtype = getattr(torch, dtype_name)
@@ -86,7 +88,7 @@ def train(
         adacons_hvd.ddp.attach(
             model,
             optimizer,
-            AdaCons(),
+            AdaCons() if curvature is None else Curvature(**curvature),
             schedule=schedule,
             granularity="layer" if layers else "model",
             grad_scaler=scaler if autocast else None,
@@ -107,7 +109,8 @@ def train(
             twin.load_state_dict(module.state_dict())
     gpu_job.assert_equal_bits(parameters)
     groups = [[number] for number in range(len(parameters))] if layers else None
-    return record.errors(groups), optimizer.report.schedule
+    settings = {} if curvature is None else {"oracle": oracle.CurvatureOracle, **curvature}
+    return record.errors(groups, **settings), optimizer.report.schedule
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -127,8 +130,11 @@ def test_a_step_is_the_oracles(cluster, backend, schedule, dtype):
         {"autocast": "float16"},
         {"autocast": "bfloat16"},
         {"schedule": "auto"},
+        {"curvature": {"memory": 4}, "steps": 12},
+        {"curvature": {"memory": 4, "workers": False}, "steps": 12, "schedule": "gather"},
+        {"curvature": {"memory": 2}, "steps": 12, "autocast": "float16"},
     ],
-    ids=["layers", "sparse", "side-stream", "autocast-float16", "autocast-bfloat16", "auto"],
+    ids=["layers", "sparse", "side-stream", "float16", "bfloat16", "auto", "curvature", "past", "curvature-float16"],
 )
 def test_so_it_is_with_what_else_can_be_asked_for(cluster, backend, arguments):
     for errors, _ in cluster.run(train, backend, **{"schedule": "one-pass", **arguments}):

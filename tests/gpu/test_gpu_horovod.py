@@ -93,6 +93,27 @@ def test_so_it_is_with_what_else_can_be_asked_for(cluster, arguments, oracle_set
         assert max(errors) < TOLERANCES["float32"], errors
 
 
+def curvature(schedule: str, settings: dict[str, Any]) -> list[float]:
+    """Errors of the steps of an aggregator that keeps mean gradients."""
+    import oracle
+
+    from adacons_hvd import Curvature
+
+    return train(
+        schedule,
+        aggregator=Curvature(**settings),
+        oracle_settings={"oracle": oracle.CurvatureOracle, **settings},
+        steps=12,
+    )[0]
+
+
+@pytest.mark.parametrize("settings", [{"memory": 4}, {"memory": 4, "workers": False, "length": "agreement"}], ids=str)
+@pytest.mark.parametrize("schedule", ["one-pass", "gather"])
+def test_curvature_is_the_oracles(cluster, schedule, settings):
+    for errors in cluster.run(curvature, schedule, settings):
+        assert max(errors) < TOLERANCES["float32"], errors
+
+
 @pytest.mark.parametrize("schedule", ["two-pass", "gather"])
 def test_sparse_gradients_are_the_oracles(cluster, schedule):
     for errors, _ in cluster.run(train, schedule, model_name="embedding"):
