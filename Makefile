@@ -65,7 +65,7 @@ page: setup ## docs/measurements.md and its charts, from the data in benchmarks/
 	@$(RUN) python -m benchmarks.page
 
 .PHONY: evidence
-evidence: setup ## which aggregator helps: the studies of docs/evidence.md, up to ten hours of one core
+evidence: setup ## which aggregator helps: the studies of docs/evidence.md, up to eleven hours of one core
 	@$(RUN) python -m benchmarks.evidence $(EVIDENCE_ARGS)
 
 .PHONY: sick-workers

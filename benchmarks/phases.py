@@ -12,7 +12,6 @@ from unittest import mock
 
 import horovod.torch as hvd
 
-from adacons_hvd import AdaCons
 from adacons_hvd.collectives import horovod_torch
 from adacons_hvd.collectives.direct import Link
 from adacons_hvd.schedules import DenseBucket, Step
@@ -27,8 +26,8 @@ _PARTS: list[tuple[str, Any, str]] = [
     ("copy in", DensePacking, "load"),
     ("send", DenseBucket, "begin"),
     ("inner products", DenseBucket, "shares"),
-    ("table", Step, "_statistics"),
-    ("weights", AdaCons, "decide"),
+    ("table", Step, "_table"),
+    ("weights", Step, "_decided"),
     ("apply", DenseBucket, "combine"),
     ("result", DenseBucket, "finish"),
     ("copy out", DensePacking, "deliver"),

@@ -77,7 +77,13 @@ def merged(new: Mapping[str, Study], path: Path) -> Studies:
         fresh = {(cell["row"], cell["column"]) for cell in study["cells"]}
         kept = [cell for cell in old.get(title, study)["cells"] if (cell["row"], cell["column"]) not in fresh]
         old[title] = {**study, "cells": [*study["cells"], *kept]}
-    return {grid.title: old[grid.title] for grid in grids() if grid.title in old}
+    return {grid.title: _in_order(old[grid.title], grid) for grid in grids() if grid.title in old}
+
+
+def _in_order(study: Study, grid: Grid) -> Study:
+    """The study with its cells as the grid has them."""
+    cells = {(cell["row"], cell["column"]): cell for cell in study["cells"]}
+    return {**study, "cells": [cells[key] for key in grid.cells if key in cells]}
 
 
 def write(studies: Studies, results: Path, page: Path) -> None:
