@@ -164,6 +164,10 @@ class Arrival:
     world_rank: int = -1
     #: How many such ways it has made.
     links: int = 0
+    #: A number that ranks of one host have in common if they can share memory; -1 if this one cannot.
+    memory_device: int = -1
+    #: A name for the memory that ranks share, if this is the first of them.
+    token: str = ""
 
 
 def agree(collectives: Collectives, mine: Arrival, description: Mapping[str, Any], name: str) -> list[Arrival]:

@@ -109,8 +109,10 @@ class Transfer:
     arrived: Tensor = None
     #: Whether the first collective is no sum, and so must not begin before it is known that all workers are here.
     needs_all: bool = False
-    #: Whether it goes the direct way for small messages.
+    #: Whether it goes the direct way.
     direct: bool = False
+    #: Whether what it has begun can be forgotten without the other workers.
+    can_forget: bool = False
 
     def __init__(self, schedule: Schedule) -> None:
         self.collectives = schedule.collectives
@@ -166,7 +168,7 @@ class Bucket:
     complete: bool
     #: Whether it must not begin before it is known that all workers are here.
     needs_all: bool = False
-    #: Whether the first collective goes the direct way for small messages.
+    #: Whether the first collective goes the direct way.
     direct: bool = False
     begun: bool = False
     #: The aggregator's memory of earlier steps, and the factor that gradients had to be multiplied by
@@ -256,7 +258,10 @@ class DenseBucket(Bucket):
         self.begun = True
 
     def abandon(self) -> None:
-        self._wait()
+        if self._transfer.can_forget:
+            self._pending = None
+        else:
+            self._wait()
         self.begun = False
 
     def shares(self, gramian: bool) -> list[Share]:

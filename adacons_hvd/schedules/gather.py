@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..collectives import Pending
+from ..collectives import Direct, Pending
 from ..ops import Tensor, ops_for
 from .base import DenseBucket, Done, Schedule, Segment, Transfer, passes
 from .rows import RowsTransfer
@@ -37,12 +37,12 @@ class Gather(Schedule):
     sees_all = True
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
-        if not _is_little(bucket.bytes, self.collectives.size):
+        direct, little = self.collectives.direct, _is_little(bucket.bytes, self.collectives.size)
+        if not (little or (direct and direct.in_memory)):
             return _GatherTransfer(self)
-        direct = self.collectives.direct
         if direct is not None and direct.prepare(bucket.buffer, _rows(bucket)):
-            return _DirectTransfer(self)
-        return _SummedTransfer(self) if self.collectives.may_begin_with_sums else _GatherTransfer(self)
+            return _DirectTransfer(self, direct)
+        return _SummedTransfer(self) if little and self.collectives.may_begin_with_sums else _GatherTransfer(self)
 
     def kept(self, length: int) -> tuple[int, int]:
         return 0, length
@@ -84,9 +84,13 @@ class _GatherTransfer(RowsTransfer):
 class _DirectTransfer(_GatherTransfer):
     direct = True
 
+    def __init__(self, schedule: Schedule, direct: Direct) -> None:
+        super().__init__(schedule)
+        self._direct = direct
+        self.can_forget, self.needs_all = direct.in_memory, not direct.in_memory
+
     def begin(self, bucket: DenseBucket) -> Pending:
-        assert self.collectives.direct is not None
-        return self.collectives.direct.gather(bucket.buffer, _rows(bucket))
+        return self._direct.gather(bucket.buffer, _rows(bucket))
 
 
 class _SummedTransfer(_GatherTransfer):
