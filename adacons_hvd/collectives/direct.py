@@ -101,26 +101,29 @@ class Channel(Protocol):
 class Link:
     """The direct ways between all ranks of a process set, for one layout of one optimizer.
 
-    All ranks make it together, by :meth:`by_memory` or :meth:`by_mpi`. ``watch`` begins a collective of Horovod's, once
-    in each step and with the first message: it fails if a rank leaves, and Horovod warns of a rank that does not begin
-    it.
+    All ranks make it together, by :meth:`by_memory` or :meth:`by_mpi`. ``watch`` begins a collective of Horovod's, with
+    the first message of each kind in a step: it fails if a rank leaves, and Horovod warns of a rank that does not begin
+    it. The kind is the end of a message's name. What is sent outside of a step needs none, because nobody waits for it
+    before a step has begun.
     """
 
-    #: That collective, while it is under way.
+    #: The last of these collectives, while it is under way.
     watched: Pending | None = None
+    #: The kinds of message that this step has sent; None outside of a step. A link is made in the course of one.
+    _kinds: set[str] | None
 
     def __init__(
-        self, size: int, rank: int, make: Callable[..., Channel], watch: Callable[[], Pending], in_memory: bool
+        self, size: int, rank: int, make: Callable[..., Channel], watch: Callable[[str], Pending], in_memory: bool
     ) -> None:
         self.size, self.rank, self.in_memory = size, rank, in_memory
         self._make = make
         self._channels: dict[str, Channel] = {}
-        self._watch, self._is_watched = watch, False
+        self._watch, self._kinds = watch, set()
         self._numbers = 0
         self._is_dropped = False
 
     @classmethod
-    def by_memory(cls, token: str, size: int, rank: int, watch: Callable[[], Pending]) -> Link:
+    def by_memory(cls, token: str, size: int, rank: int, watch: Callable[[str], Pending]) -> Link:
         """A link through memory, for ranks of one host. ``token`` is the same on all of them, and of this link only."""
 
         def make(number: int, like: torch.Tensor, buffers: int) -> Channel:
@@ -129,7 +132,7 @@ class Link:
         return cls(size, rank, make, watch, in_memory=True)
 
     @classmethod
-    def by_mpi(cls, ranks: Sequence[int], rank: int, number: int, watch: Callable[[], Pending]) -> Link:
+    def by_mpi(cls, ranks: Sequence[int], rank: int, number: int, watch: Callable[[str], Pending]) -> Link:
         """A link by MPI. ``ranks`` are all ranks in MPI's world, and ``number`` is the same on all of them, and larger
         than that of every link that one of them has made before."""
         global _links
@@ -150,8 +153,12 @@ class Link:
         return cls(len(world), rank, make, watch, in_memory=False)
 
     def begin_step(self) -> None:
-        """Say that another step of all ranks begins; what was watched in the last one has ended."""
-        self.watched, self._is_watched = None, False
+        """Say that all ranks are here and take another step; what was watched in the last one has ended."""
+        self.watched, self._kinds = None, set()
+
+    def end_step(self) -> None:
+        """Say that the step is over."""
+        self._kinds = None
 
     def prepare(self, tensor: torch.Tensor, name: str, buffers: int = 2) -> bool:
         """Make the channel for flat tensors like this one; False if it must take another way, as where there are too
@@ -205,8 +212,10 @@ class Link:
 
     def send(self, name: str, tensor: torch.Tensor) -> Channel:
         """Send everyone this flat tensor through the channel of that name, and begin to receive theirs."""
-        if not self._is_watched:
-            self.watched, self._is_watched = self._watch(), True
+        kind = name.rpartition(".")[2]
+        if self._kinds is not None and kind not in self._kinds:
+            self._kinds.add(kind)
+            self.watched = self._watch(kind)
         channel = self.channel(name, tensor)
         self.wait(channel)  # the message before it, which all ranks have sent
         own = channel.own
@@ -260,11 +269,19 @@ class Meeting:
     """
 
     def __init__(self, link: Link, name: str, like: torch.Tensor) -> None:
-        self._link = link
-        self._messages = link.channel(name, like)
-        self._confirmations = link.channel(f"{name}.confirmed", like.new_zeros(1))
+        self._link, self._name, self._like = link, name, like
         #: Nothing is awaited, or messages are, or confirmations.
         self._awaited: Channel | None = None
+
+    # Made when they are first needed: what is never used would leave a file behind.
+
+    @property
+    def _messages(self) -> Channel:
+        return self._link.channel(self._name, self._like)
+
+    @property
+    def _confirmations(self) -> Channel:
+        return self._link.channel(f"{self._name}.confirmed", self._like.new_zeros(1))
 
     @property
     def rows(self) -> torch.Tensor:
@@ -280,6 +297,8 @@ class Meeting:
 
     def over(self) -> bool:
         """Whether everything is known. Whoever waits for it has to ask again and again, for the others' sake too."""
+        if self._awaited is None:
+            return True
         if self._awaited is self._messages and self._messages.arrived():
             self._confirmations.start()
             self._awaited = self._confirmations

@@ -199,6 +199,8 @@ class Reducer:
             for packing in self._packings:
                 packing.deliver()
                 packing.expect(self.passes)
+        if self._collectives.direct is not None:
+            self._collectives.direct.end_step()
         self.pending = False
         return mean_loss
 
@@ -287,12 +289,14 @@ class Reducer:
         if self._flags_meeting is not None:
             # In this step, because a rank may leave after it.
             self._flags_meeting.end()
-        _end(f"{self.name}.alive")
+        for generation, name in list(_carried):
+            if generation == numbering.generation and name.startswith(f"{self.name}.alive."):
+                _end(name)
         link.begin_step()
 
-    def _watch_ranks(self) -> Pending:
-        """Begin what tells whether all ranks are alive."""
-        name, one = f"{self.name}.alive", torch.ones(1)
+    def _watch_ranks(self, kind: str) -> Pending:
+        """Begin what tells whether all ranks are alive, while they wait for messages of this kind."""
+        name, one = f"{self.name}.alive.{kind}", torch.ones(1)
         key = numbering.generation, name
         _carried[key] = alive = self._collectives.allreduce(one, name, out=one)
         return ready(lambda: _end(name), lambda: key not in _carried or alive.done())
