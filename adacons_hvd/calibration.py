@@ -11,10 +11,14 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from .aggregators import AdaCons
 from .collectives import Collectives, Pending
 from .costs import Curve, Rates
 from .ops import Tensor, ops_for
+from .schedules import SCHEDULES, DenseBucket, Segment, Step
+from .schedules.base import Done
 
 __all__ = ["measured_rates"]
 
@@ -44,7 +48,9 @@ def measured_rates(collectives: Collectives, hosts: Sequence[str], size: float, 
     """
     sizes = _SIZES[: max(2, 1 + sum(smaller < size for smaller in _SIZES))]
     calibration = _Calibration(collectives, sizes, reference, name)
-    place = (collectives.kind, str(reference.device), *hosts, str(len(sizes)))
+    direct = collectives.direct
+    way = "" if direct is None else "by memory" if direct.in_memory else "by messages"
+    place = (collectives.kind, way, str(reference.device), *hosts, str(len(sizes)))
     # In an elastic job a new worker may stand where another was, and know nothing.
     if not all(known for (known,) in calibration.gather([float(place in _known)], "known")):
         _known[place] = calibration.rates(len(set(hosts)))
@@ -68,10 +74,12 @@ class _Calibration:
     def rates(self, hosts: int) -> Rates:
         n = self.collectives.size
         where = f"{n} workers on {hosts} host{'s' if hosts > 1 else ''}, measured"
-        seconds = [self._looking(), self._combining(), self._own()]
+        seconds = [self._looking(), self._combining(), self._own(), self._step()]
         # The slowest decides how long a step takes.
-        look, combine, own = (max(values) for values in zip(*self.gather(seconds, "arithmetic"), strict=True))
-        curve = self._curve
+        look, combine, own, step = (max(values) for values in zip(*self.gather(seconds, "arithmetic"), strict=True))
+        curve, direct = self._curve, self._direct()
+        if direct is not None:
+            step += 2 * direct(0.0)  # flags, and their confirmation
         return Rates(
             n,
             curve("allreduce"),
@@ -83,6 +91,9 @@ class _Calibration:
             own,
             where,
             n // hosts,
+            step,
+            direct,
+            self.collectives.direct is not None and self.collectives.direct.in_memory,
         )
 
     # --- collectives ----------------------------------------------------------------------------
@@ -117,6 +128,26 @@ class _Calibration:
                 break
         return Curve(tuple(points))
 
+    def _direct(self) -> Curve | None:
+        """Seconds by bytes of one worker's message to all, the direct way."""
+        direct, points = self.collectives.direct, []
+        if direct is None:
+            return None
+        for size in self.sizes if direct.in_memory else self.sizes[:1]:
+            name = f"{self.name}.direct.{size}"
+            message = self.ops.gradient(self.ops.zeros((size // 4,), self.reference))
+            if not direct.prepare(message, name):
+                break
+            once = self._call(functools.partial(self._gathered, name), message)
+            once()
+            points.append((float(size), self._slowest(_time(once), f"direct.{size}.seconds")))
+            direct.forget(name)
+        return Curve(tuple(points)) if points else None
+
+    def _gathered(self, name: str, message: Tensor) -> Tensor:
+        assert self.collectives.direct is not None
+        return self.collectives.direct.gather(message, name).wait()[:1]
+
     def _slowest(self, seconds: float, what: str) -> float:
         return max(value for (value,) in self.gather([seconds], what))
 
@@ -124,6 +155,21 @@ class _Calibration:
         return operation(message, f"{self.name}.{label}", out=room).wait()[:1]
 
     # --- arithmetic -----------------------------------------------------------------------------
+
+    def _step(self) -> float:
+        """Seconds that Python takes for a step of next to nothing, without its messages.
+
+        Nothing where Python goes ahead of a device, or has only made a graph.
+        """
+        n, ops = self.collectives.size, self.ops
+        if not ops.on_host(self.reference):
+            return 0.0
+        silent: Any = _Silent(n)
+        flat = ops.gradient(ops.zeros((n,), self.reference) + 1)
+        bucket = DenseBucket(self.name, flat, [Segment(0, n, 0)], SCHEDULES["gather"](silent))
+        step = Step(silent, AdaCons(), 1, self.name)
+        decision, _ = step.run([bucket], {})
+        return _time(lambda: step.run([bucket], decision.memory))
 
     def _matrix(self) -> Tensor:
         n = self.collectives.size
@@ -153,6 +199,18 @@ class _Calibration:
         """A function that does it, and has done it when it returns."""
         bound = self.ops.bound(operation, tensor)
         return lambda: self.ops.to_list(bound())
+
+
+class _Silent:
+    """Workers who all bring what this one brings, at once."""
+
+    rank, kind, direct, may_begin_with_sums = 0, "silent", None, False
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def allgather(self, tensor: Tensor, name: str, *, out: Tensor | None = None) -> Pending:
+        return Done(ops_for(tensor).concat([tensor] * self.size))
 
 
 def _time(once: Callable[[], object], repeats: int = _REPEATS) -> float:

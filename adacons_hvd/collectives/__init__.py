@@ -57,6 +57,10 @@ class Direct(Protocol):
         """Everyone's flat tensor, concatenated in rank order; without ``out``, until this worker gathers anew."""
         ...
 
+    def forget(self, name: str) -> None:
+        """Give back what gathering by that name takes."""
+        ...
+
     def own(self, name: str) -> Tensor:
         """Where what this worker gathers next by that name may be written, to save a copy."""
         ...

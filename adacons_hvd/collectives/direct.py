@@ -17,6 +17,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -181,8 +182,12 @@ class Link:
         if int(self.sum(torch.tensor([made]), "made")) == self.size:
             return True
         if made:
-            self._channels.pop(name).drop()
+            self.forget(name)
         return False
+
+    def forget(self, name: str) -> None:
+        """Make no more use of a channel, on all ranks, once its messages have arrived."""
+        self._channels.pop(name).drop()
 
     def channel(self, name: str, like: torch.Tensor, buffers: int = 2) -> Channel:
         """The channel of that name, made when it is asked for first."""
@@ -275,11 +280,11 @@ class Meeting:
 
     # Made when they are first needed: what is never used would leave a file behind.
 
-    @property
+    @cached_property
     def _messages(self) -> Channel:
         return self._link.channel(self._name, self._like)
 
-    @property
+    @cached_property
     def _confirmations(self) -> Channel:
         return self._link.channel(f"{self._name}.confirmed", self._like.new_zeros(1))
 

@@ -38,9 +38,9 @@ class Gather(Schedule):
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
         direct, little = self.collectives.direct, _is_little(bucket.bytes, self.collectives.size)
-        if not (little or (direct and direct.in_memory)):
-            return _GatherTransfer(self)
-        if direct is not None and direct.prepare(bucket.buffer, _rows(bucket)):
+        # With a history, a mean takes the place of a row, which others may be reading in shared memory.
+        fits = direct is not None and (not self.history if direct.in_memory else little)
+        if direct is not None and fits and direct.prepare(bucket.buffer, _rows(bucket)):
             return _DirectTransfer(self, direct)
         return _SummedTransfer(self) if little and self.collectives.may_begin_with_sums else _GatherTransfer(self)
 
@@ -50,6 +50,8 @@ class Gather(Schedule):
     @classmethod
     def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
         n = rates.workers
+        if rates.in_memory and rates.direct is not None and not history:
+            return rates.direct.sent(size, bucket) + (rates.look + rates.combine) * n * size
         summed, gathered = rates.allreduce.sent(size, bucket, n), rates.allgather.sent(size, bucket, n)
         moved = min(summed, gathered) if _is_little(size, n) else gathered
         return moved + (rates.look + rates.combine) * n * size * passes(n, history)

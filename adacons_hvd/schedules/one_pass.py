@@ -45,7 +45,11 @@ class OnePass(Schedule):
     @classmethod
     def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
         table = rates.table((rates.workers if gramian else 2) + history)
-        moved = rates.alltoall.sent(size, bucket) + table + rates.allgather.sent(size, bucket)
+        if rates.in_memory and rates.direct is not None and not history:
+            # What all write for each other, and what each takes of the result.
+            moved = 2 * rates.direct.sent(size, bucket) + table
+        else:
+            moved = rates.alltoall.sent(size, bucket) + table + rates.allgather.sent(size, bucket)
         return moved + (rates.look + rates.combine) * size * passes(rates.workers, history)
 
 
