@@ -111,6 +111,8 @@ class Transfer:
     needs_all: bool = False
     #: Whether it goes the direct way.
     direct: bool = False
+    #: Memory for the bucket's content from which it need not be copied; None if any memory is as good.
+    place: Tensor = None
     #: Whether what it has begun can be forgotten without the other workers.
     can_forget: bool = False
 
@@ -245,6 +247,11 @@ class DenseBucket(Bucket):
     @property
     def reference(self) -> Tensor:
         return self.buffer
+
+    @property
+    def place(self) -> Tensor | None:
+        """Memory for the content, in which it costs one copy less; None if any memory is as good."""
+        return self._transfer.place
 
     def remembered(self, name: str) -> Tensor:
         """``[groups, 1]`` of the memory; zeros before the first step."""

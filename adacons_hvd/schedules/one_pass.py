@@ -33,9 +33,9 @@ class OnePass(Schedule):
         if direct is not None and direct.in_memory and not self.history:
             shard = bucket.buffer[: bucket.length // self.collectives.size]
             # A worker overwrites what it gave only when all have taken the step in which that was read.
-            gathered = direct.prepare(bucket.buffer, _shards(bucket), buffers=1)
-            if direct.prepare(shard, _result(bucket), buffers=1) and gathered:
-                return _MemoryTransfer(self, direct)
+            whole, part = _shards(bucket), _result(bucket)
+            if direct.prepare(shard, part, buffers=1) and direct.prepare(bucket.buffer, whole, buffers=1):
+                return _MemoryTransfer(self, direct, direct.own(whole))
         return OnePassTransfer(self)
 
     def kept(self, length: int) -> tuple[int, int]:
@@ -92,9 +92,9 @@ class _MemoryTransfer(OnePassTransfer):
     direct = True
     can_forget = True
 
-    def __init__(self, schedule: OnePass, direct: Direct) -> None:
+    def __init__(self, schedule: OnePass, direct: Direct, place: Tensor) -> None:
         super().__init__(schedule)
-        self._direct = direct
+        self._direct, self.place = direct, place
 
     def begin(self, bucket: DenseBucket) -> Pending:
         return self._direct.gather(bucket.buffer, _shards(bucket))
@@ -107,7 +107,9 @@ class _MemoryTransfer(OnePassTransfer):
         return self._direct.own(_result(bucket))
 
     def send(self, bucket: DenseBucket, combined: Tensor) -> Pending:
-        return self._direct.gather(combined, _result(bucket), out=bucket.buffer)
+        # What lay in its place may be taken from where the result is.
+        out = None if bucket.buffer is self.place else bucket.buffer
+        return self._direct.gather(combined, _result(bucket), out=out)
 
 
 class Scatter(OnePass):
