@@ -52,7 +52,7 @@ def with_and_without(schedule: str) -> None:
 
     from adacons_hvd.torch import reducer
 
-    with mock.patch.object(reducer, "memory_device", lambda: -1):
+    with mock.patch.object(reducer, "memory_device", return_value=-1):
         expected, direct = results(schedule)
     assert not direct
     found, direct = results(schedule)
@@ -100,21 +100,13 @@ def files_left(schedule: str) -> list[str]:
     """What is left of a job's shared memory while the job goes on."""
     import secrets
 
-    names = []
-
-    def token(length: int) -> str:
-        names.append("test-of-memory-" + secrets.token_bytes(length).hex())
-        return names[-1]
-
+    mine = f"test-{secrets.token_hex(8)}"
     from adacons_hvd.torch import reducer
 
-    with mock.patch.object(reducer.secrets, "token_hex", token):
-        _, direct = results(schedule, check_replicas=2)
+    with mock.patch.object(reducer.secrets, "token_hex", return_value=mine):
+        _, direct = results(schedule)
     assert direct
-    assert names
-    return [
-        path.name for path in Path("/dev/shm").glob("adacons-test-of-memory-*") if any(n in path.name for n in names)
-    ]
+    return [path.name for path in Path("/dev/shm").glob(f"adacons-{mine}-*")]
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "gather"])
