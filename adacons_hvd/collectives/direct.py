@@ -102,15 +102,15 @@ class Channel(Protocol):
 class Link:
     """The direct ways between all ranks of a process set, for one layout of one optimizer.
 
-    All ranks make it together, by :meth:`by_memory` or :meth:`by_mpi`. ``watch`` begins a collective of Horovod's, with
-    the first message of each kind in a step: it fails if a rank leaves, and Horovod warns of a rank that does not begin
-    it. The kind is the end of a message's name. What is sent outside of a step needs none, because nobody waits for it
-    before a step has begun.
+    All ranks make it together, by :meth:`by_memory` or :meth:`by_mpi`. ``watch`` begins a collective of Horovod's: it
+    fails if a rank leaves, and Horovod warns of a rank that does not begin it. A rank begins one for each kind of
+    message, which is the end of its name, when it has sent all of that kind and waits for the first one of others. What
+    was sent before the step needs none: with the flags, it is there.
     """
 
     #: The last of these collectives, while it is under way.
     watched: Pending | None = None
-    #: The kinds of message that this step has sent; None outside of a step. A link is made in the course of one.
+    #: The kinds of message that are watched for in this step; None outside of one. A link is made in the course of one.
     _kinds: set[str] | None
 
     def __init__(
@@ -217,10 +217,6 @@ class Link:
 
     def send(self, name: str, tensor: torch.Tensor) -> Channel:
         """Send everyone this flat tensor through the channel of that name, and begin to receive theirs."""
-        kind = name.rpartition(".")[2]
-        if self._kinds is not None and kind not in self._kinds:
-            self._kinds.add(kind)
-            self.watched = self._watch(kind)
         channel = self.channel(name, tensor)
         self.wait(channel)  # the message before it, which all ranks have sent
         own = channel.own
@@ -229,9 +225,18 @@ class Link:
         channel.start()
         return channel
 
+    def _watch_for(self, name: str) -> None:
+        """Begin to watch for ranks that leave, while messages of this name's kind are awaited."""
+        kind = name.rpartition(".")[2]
+        if self._kinds is not None and kind not in self._kinds:
+            self._kinds.add(kind)
+            self.watched = self._watch(kind)
+
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """The sum of everyone's tensor, the same bits on every rank."""
-        first, *others = self.wait(self.send(name, tensor))
+        channel = self.send(name, tensor)
+        self._watch_for(name)
+        first, *others = self.wait(channel)
         result: torch.Tensor = first.clone()
         for other in others:
             result += other
@@ -243,8 +248,11 @@ class Link:
             # A rank that has come back has begun by this link, and is told so with the flags.
             return ready(lambda: tensor)
         channel = self.send(name, tensor)
+        in_step = self._kinds is not None
 
         def finish() -> torch.Tensor:
+            if in_step:
+                self._watch_for(name)
             everything = self.wait(channel).view(-1)
             return everything if out is None else out.copy_(everything)
 
