@@ -9,13 +9,16 @@ shows.
 from __future__ import annotations
 
 import functools
+import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .aggregators import AdaCons
 from .collectives import Collectives, Pending
-from .costs import Curve, Rates
+from .costs import Curve, Network, Rates
 from .ops import Tensor, ops_for
 from .schedules import SCHEDULES, DenseBucket, Segment, Step
 from .schedules.base import Done
@@ -32,6 +35,15 @@ _ENOUGH = 0.3
 #: sets things up; but only once more if that took so many seconds.
 _REPEATS = 3
 _LONG = 1.0
+#: Bytes that are read between two measurements of arithmetic and memory: a step finds little of what it reads in the
+#: processor's cache, because backward has been there.
+_FLUSHED = 1 << 22
+#: A binding's own Python takes about as long as the step that it calls.
+_BINDING = 2.0
+#: What is assumed where nothing is measured: the seconds that Python takes for a step, and those of a message through
+#: memory, with a processor for each worker.
+_ASSUMED_STEP = 6e-4
+_ASSUMED_MESSAGE = 5e-5
 #: Bytes of the gradients that arithmetic is timed on, all workers' together, or as many as the
 #: largest message has.
 _LOOKED_AT = 1 << 23
@@ -55,6 +67,22 @@ def measured_rates(collectives: Collectives, hosts: Sequence[str], size: float, 
     if not all(known for (known,) in calibration.gather([float(place in _known)], "known")):
         _known[place] = calibration.rates(len(set(hosts)))
     return _known[place]
+
+
+def assumed_rates(collectives: Collectives, per_host: int, reference: Tensor) -> Rates:
+    """Rates for gradients so small that measuring would take longer than it could save, on a single host.
+
+    They depend on nothing that differs from run to run, so neither does the choice.
+    """
+    rates = Rates.of(Network(), collectives.size, per_host)
+    share = max(1.0, per_host / (os.cpu_count() or 1))
+    if ops_for(reference).on_host(reference):
+        rates = replace(rates, step=_ASSUMED_STEP * share)
+    if collectives.direct is not None and collectives.direct.in_memory:
+        message = _ASSUMED_MESSAGE * share
+        line = Curve(((0.0, message), (1e15, message + 1e15 * rates.look)))
+        rates = replace(rates, step=rates.step + 2 * message, direct=line, in_memory=True)
+    return rates
 
 
 class _Calibration:
@@ -140,7 +168,7 @@ class _Calibration:
                 break
             once = self._call(functools.partial(self._gathered, name), message)
             once()
-            points.append((float(size), self._slowest(_time(once), f"direct.{size}.seconds")))
+            points.append((float(size), self._slowest(self._cold(once), f"direct.{size}.seconds")))
             direct.forget(name)
         return Curve(tuple(points)) if points else None
 
@@ -169,19 +197,19 @@ class _Calibration:
         bucket = DenseBucket(self.name, flat, [Segment(0, n, 0)], SCHEDULES["gather"](silent))
         step = Step(silent, AdaCons(), 1, self.name)
         decision, _ = step.run([bucket], {})
-        return _time(lambda: step.run([bucket], decision.memory))
+        return _BINDING * self._cold(lambda: step.run([bucket], decision.memory))
 
     def _matrix(self) -> Tensor:
         n = self.collectives.size
         return self.ops.gradient(self.ops.zeros((n, self.elements // n), self.reference) + 1)
 
     def _looking(self) -> float:
-        return _time(self._call(self.ops.consensus, self._matrix())) / (4 * self.elements)
+        return self._cold(self._call(self.ops.consensus, self._matrix())) / (4 * self.elements)
 
     def _combining(self) -> float:
         n, ops = self.collectives.size, self.ops
         weights = ops.like([1.0] * n, self.reference)
-        return _time(self._call(lambda rows: ops.combine(weights, rows)[:1], self._matrix())) / (4 * self.elements)
+        return self._cold(self._call(lambda rows: ops.combine(weights, rows)[:1], self._matrix())) / (4 * self.elements)
 
     def _own(self) -> float:
         ops = self.ops
@@ -193,7 +221,21 @@ class _Calibration:
             moments = ops.moments(flat, mean)
             return moments[:1] + ops.wide(ops.scale_segments(flat, [(0, self.elements, one)])[:1])
 
-        return _time(self._call(look_and_scale, ops.zeros_like(mean))) / (4 * self.elements)
+        return self._cold(self._call(look_and_scale, ops.zeros_like(mean))) / (4 * self.elements)
+
+    def _cold(self, once: Callable[[], object]) -> float:
+        """The median of some, each after the processor's cache has seen other things."""
+        times = []
+        for _ in range(_REPEATS):
+            self._flush()
+            times.append(_time(once, 1))
+        return statistics.median(times)
+
+    @functools.cached_property
+    def _flush(self) -> Callable[[], object]:
+        ops = self.ops
+        other = ops.gradient(ops.zeros((_FLUSHED // 4,), self.reference))
+        return self._call(lambda x: ops.reshape(ops.square(x), (1,)), other)
 
     def _call(self, operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[], list[float]]:
         """A function that does it, and has done it when it returns."""

@@ -27,8 +27,11 @@ from .shared import SharedChannel
 
 __all__ = ["MOST_RANKS", "Channel", "Link", "Meeting", "links_made", "pause", "world_rank"]
 
-# Seconds. MPI moves messages only while somebody looks for them, so for so long a rank does nothing else but let others
-# run in between; then it sleeps between looks for an eighth of the time it has waited, a millisecond at most.
+# Seconds. What comes at once is looked for without sleeping; the shortest sleep is a tenth of a millisecond. But where
+# ranks outnumber processors, one that never sleeps keeps another from running, so not for longer than that.
+_SHORT = 2e-4
+# MPI moves messages only while somebody looks for them, so for so long a rank sleeps as briefly as it can; then between
+# looks, for an eighth of the time it has waited, a millisecond at most.
 _SPIN = 3e-3
 _LONGEST_SLEEP = 1e-3
 
@@ -380,7 +383,7 @@ def _free(receive: Sequence[Any], send: Sequence[Any], process: int) -> None:
 def pause(started: float) -> None:
     """Let others run, between two looks for what may be there at once."""
     waited = time.perf_counter() - started
-    if waited < _SPIN:
-        os.sched_yield()  # time.sleep(0) sleeps a tenth of a millisecond
+    if waited < _SHORT:
+        os.sched_yield()
     else:
-        time.sleep(min(waited / 8, _LONGEST_SLEEP))
+        time.sleep(0 if waited < _SPIN else min(waited / 8, _LONGEST_SLEEP))
