@@ -22,6 +22,9 @@ _FOLDER = Path("/dev/shm")
 # Bytes between two ranks' numbers, so that a processor that writes one does not take the others from its neighbours.
 _LINE = 128
 
+# Bytes that must be free for flags and statistics; for gradients, ranks look for themselves.
+_ENOUGH = 16 << 20
+
 # Processors of this kind show a rank's writes to others in the order in which they were made.
 _ORDERLY = ("x86_64", "AMD64")
 
@@ -32,7 +35,9 @@ _fence = threading.Lock()
 def memory_device() -> int:
     """A number that processes of one machine share exactly if they can share memory; -1 if this one cannot."""
     try:
-        usable = platform.machine() in _ORDERLY and os.access(_FOLDER, os.W_OK)
+        folder = os.statvfs(_FOLDER)
+        enough = folder.f_bavail * folder.f_frsize >= _ENOUGH
+        usable = enough and platform.machine() in _ORDERLY and os.access(_FOLDER, os.W_OK)
         return _FOLDER.stat().st_dev if usable else -1
     except OSError:
         return -1
