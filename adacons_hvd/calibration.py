@@ -9,12 +9,19 @@ shows.
 from __future__ import annotations
 
 import functools
+import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
+from .aggregators import AdaCons
 from .collectives import Collectives, Pending
-from .costs import Curve, Rates
+from .costs import Curve, Network, Rates
 from .ops import Tensor, ops_for
+from .schedules import SCHEDULES, DenseBucket, Segment, Step
+from .schedules.base import Done
 
 __all__ = ["measured_rates"]
 
@@ -28,6 +35,15 @@ _ENOUGH = 0.3
 #: sets things up; but only once more if that took so many seconds.
 _REPEATS = 3
 _LONG = 1.0
+#: Bytes that are read between two measurements of arithmetic and memory: a step finds little of what it reads in the
+#: processor's cache, because backward has been there.
+_FLUSHED = 1 << 22
+#: A binding's own Python takes about as long as the step that it calls.
+_BINDING = 2.0
+#: What is assumed where nothing is measured: the seconds that Python takes for a step, and those of a message through
+#: memory, with a processor for each worker.
+_ASSUMED_STEP = 6e-4
+_ASSUMED_MESSAGE = 5e-5
 #: Bytes of the gradients that arithmetic is timed on, all workers' together, or as many as the
 #: largest message has.
 _LOOKED_AT = 1 << 23
@@ -44,11 +60,29 @@ def measured_rates(collectives: Collectives, hosts: Sequence[str], size: float, 
     """
     sizes = _SIZES[: max(2, 1 + sum(smaller < size for smaller in _SIZES))]
     calibration = _Calibration(collectives, sizes, reference, name)
-    place = (collectives.kind, str(reference.device), *hosts, str(len(sizes)))
+    direct = collectives.direct
+    way = "" if direct is None else "by memory" if direct.in_memory else "by messages"
+    place = (collectives.kind, way, str(reference.device), *hosts, str(len(sizes)))
     # In an elastic job a new worker may stand where another was, and know nothing.
     if not all(known for (known,) in calibration.gather([float(place in _known)], "known")):
         _known[place] = calibration.rates(len(set(hosts)))
     return _known[place]
+
+
+def assumed_rates(collectives: Collectives, per_host: int, reference: Tensor) -> Rates:
+    """Rates for gradients so small that measuring would take longer than it could save, on a single host.
+
+    They depend on nothing that differs from run to run, so neither does the choice.
+    """
+    rates = Rates.of(Network(), collectives.size, per_host)
+    share = max(1.0, per_host / (os.cpu_count() or 1))
+    if ops_for(reference).on_host(reference):
+        rates = replace(rates, step=_ASSUMED_STEP * share)
+    if collectives.direct is not None and collectives.direct.in_memory:
+        message = _ASSUMED_MESSAGE * share
+        line = Curve(((0.0, message), (1e15, message + 1e15 * rates.look)))
+        rates = replace(rates, step=rates.step + 2 * message, direct=line, in_memory=True)
+    return rates
 
 
 class _Calibration:
@@ -68,10 +102,12 @@ class _Calibration:
     def rates(self, hosts: int) -> Rates:
         n = self.collectives.size
         where = f"{n} workers on {hosts} host{'s' if hosts > 1 else ''}, measured"
-        seconds = [self._looking(), self._combining(), self._own()]
+        seconds = [self._looking(), self._combining(), self._own(), self._step()]
         # The slowest decides how long a step takes.
-        look, combine, own = (max(values) for values in zip(*self.gather(seconds, "arithmetic"), strict=True))
-        curve = self._curve
+        look, combine, own, step = (max(values) for values in zip(*self.gather(seconds, "arithmetic"), strict=True))
+        curve, direct = self._curve, self._direct()
+        if direct is not None:
+            step += 2 * direct(0.0)  # flags, and their confirmation
         return Rates(
             n,
             curve("allreduce"),
@@ -83,6 +119,9 @@ class _Calibration:
             own,
             where,
             n // hosts,
+            step,
+            direct,
+            self.collectives.direct is not None and self.collectives.direct.in_memory,
         )
 
     # --- collectives ----------------------------------------------------------------------------
@@ -117,6 +156,26 @@ class _Calibration:
                 break
         return Curve(tuple(points))
 
+    def _direct(self) -> Curve | None:
+        """Seconds by bytes of one worker's message to all, the direct way."""
+        direct, points = self.collectives.direct, []
+        if direct is None:
+            return None
+        for size in self.sizes if direct.in_memory else self.sizes[:1]:
+            name = f"{self.name}.direct.{size}"
+            message = self.ops.gradient(self.ops.zeros((size // 4,), self.reference))
+            if not direct.prepare(message, name):
+                break
+            once = self._call(functools.partial(self._gathered, name), message)
+            once()
+            points.append((float(size), self._slowest(self._cold(once), f"direct.{size}.seconds")))
+            direct.forget(name)
+        return Curve(tuple(points)) if points else None
+
+    def _gathered(self, name: str, message: Tensor) -> Tensor:
+        assert self.collectives.direct is not None
+        return self.collectives.direct.gather(message, name).wait()[:1]
+
     def _slowest(self, seconds: float, what: str) -> float:
         return max(value for (value,) in self.gather([seconds], what))
 
@@ -125,17 +184,32 @@ class _Calibration:
 
     # --- arithmetic -----------------------------------------------------------------------------
 
+    def _step(self) -> float:
+        """Seconds that Python takes for a step of next to nothing, without its messages.
+
+        Nothing where Python goes ahead of a device, or has only made a graph.
+        """
+        n, ops = self.collectives.size, self.ops
+        if not ops.on_host(self.reference):
+            return 0.0
+        silent: Any = _Silent(n)
+        flat = ops.gradient(ops.zeros((n,), self.reference) + 1)
+        bucket = DenseBucket(self.name, flat, [Segment(0, n, 0)], SCHEDULES["gather"](silent))
+        step = Step(silent, AdaCons(), 1, self.name)
+        decision, _ = step.run([bucket], {})
+        return _BINDING * self._cold(lambda: step.run([bucket], decision.memory))
+
     def _matrix(self) -> Tensor:
         n = self.collectives.size
         return self.ops.gradient(self.ops.zeros((n, self.elements // n), self.reference) + 1)
 
     def _looking(self) -> float:
-        return _time(self._call(self.ops.consensus, self._matrix())) / (4 * self.elements)
+        return self._cold(self._call(self.ops.consensus, self._matrix())) / (4 * self.elements)
 
     def _combining(self) -> float:
         n, ops = self.collectives.size, self.ops
         weights = ops.like([1.0] * n, self.reference)
-        return _time(self._call(lambda rows: ops.combine(weights, rows)[:1], self._matrix())) / (4 * self.elements)
+        return self._cold(self._call(lambda rows: ops.combine(weights, rows)[:1], self._matrix())) / (4 * self.elements)
 
     def _own(self) -> float:
         ops = self.ops
@@ -147,12 +221,38 @@ class _Calibration:
             moments = ops.moments(flat, mean)
             return moments[:1] + ops.wide(ops.scale_segments(flat, [(0, self.elements, one)])[:1])
 
-        return _time(self._call(look_and_scale, ops.zeros_like(mean))) / (4 * self.elements)
+        return self._cold(self._call(look_and_scale, ops.zeros_like(mean))) / (4 * self.elements)
+
+    def _cold(self, once: Callable[[], object]) -> float:
+        """The median of some, each after the processor's cache has seen other things."""
+        times = []
+        for _ in range(_REPEATS):
+            self._flush()
+            times.append(_time(once, 1))
+        return statistics.median(times)
+
+    @functools.cached_property
+    def _flush(self) -> Callable[[], object]:
+        ops = self.ops
+        other = ops.gradient(ops.zeros((_FLUSHED // 4,), self.reference))
+        return self._call(lambda x: ops.reshape(ops.square(x), (1,)), other)
 
     def _call(self, operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[], list[float]]:
         """A function that does it, and has done it when it returns."""
         bound = self.ops.bound(operation, tensor)
         return lambda: self.ops.to_list(bound())
+
+
+class _Silent:
+    """Workers who all bring what this one brings, at once."""
+
+    rank, kind, direct, may_begin_with_sums = 0, "silent", None, False
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def allgather(self, tensor: Tensor, name: str, *, out: Tensor | None = None) -> Pending:
+        return Done(ops_for(tensor).concat([tensor] * self.size))
 
 
 def _time(once: Callable[[], object], repeats: int = _REPEATS) -> float:

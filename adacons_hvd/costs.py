@@ -99,10 +99,16 @@ class Rates:
     source: str
     #: How many workers share a host, where all hosts have as many.
     per_host: int = 1
+    #: What a step takes whatever is sent: flags, weights, and Python around all of it.
+    step: float = 0.0
+    #: By the bytes of one worker's message to all, the direct way; None where there is none.
+    direct: Curve | None = None
+    #: Whether that way is memory that all workers share, so that messages of any size take it.
+    in_memory: bool = False
 
     def table(self, width: int = 2) -> float:
         """Seconds that the small sum of statistics takes, so many numbers for each worker."""
-        return self.allreduce(8.0 * width * self.workers)
+        return (self.allreduce if self.direct is None else self.direct)(8.0 * width * self.workers)
 
     @classmethod
     def of(cls, network: Network, workers: int, per_host: int) -> Rates:
@@ -152,7 +158,7 @@ class Choice:
 def predict(
     schedule: str, rates: Rates, size: float, bucket: float = float("inf"), *, gramian: bool = False, history: int = 0
 ) -> float:
-    """Seconds one step's collectives and arithmetic take for ``size`` bytes of float32 gradient per
+    """Seconds one step takes, beside copies between gradients and buckets, for ``size`` bytes of float32 gradient per
     worker, sent in messages of ``bucket`` bytes, for an aggregator that needs the Gramian or a history of mean
     gradients. ``"hosts"`` is what ``workers="host"`` does, which is never chosen.
 
@@ -167,7 +173,7 @@ def predict(
     """
 
     kind = HostPass if schedule == HostPass.name else SCHEDULES[schedule]
-    return kind.cost(rates, size, bucket, gramian, history)
+    return rates.step + kind.cost(rates, size, bucket, gramian, history)
 
 
 def choose(

@@ -93,6 +93,7 @@ def cases(full: bool) -> list[Case]:
     chosen += [steps(kind, model, ["average", "auto"], 30) for kind in ("torch", "ddp", "keras") for model in models]
     # Memory of each alone.
     chosen += [steps("torch", "resnet-50", [name], 1) for name in ("average", "two-pass", "one-pass")]
+    chosen += [("round_trips", Cluster(1, n), {"turns": 200, "seconds": 5}) for n in (2, 4)]
     chosen.append(("weights", Cluster(1, 1), {"device": "cpu", "length": 1 << 24}))
     if not hosts.why_not():
         return chosen

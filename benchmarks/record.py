@@ -41,6 +41,8 @@ STUDIES = {
     "aggregators": _PLACE
     + "A gradient of `elements` through each aggregator, with the schedule that `auto` `took` for "
     "it: `measured` and `expected` ms, and the ratios to Horovod's average, as in `collectives`, and to AdaCons.",
+    "round_trips": _PLACE + "Milliseconds that a sum of a few numbers, or an allgather of them, takes by each of the "
+    "`ways` there are: the median, and the ninth decile's distance from the first.",
     "local": "One process: `ms` of deciding on AdaCons' `weights` or on those of `Curvature(memory=8)`, by `workers`, "
     "and the GB/s of operations on `MiB` of gradients.",
 }
@@ -66,6 +68,9 @@ def rows(measured: Sequence[Entry]) -> Iterator[tuple[str, Row]]:
         if entry["kind"] == "collectives":
             for answer in entry["result"]:
                 yield from _collectives(entry["cluster"], answer)
+        elif entry["kind"] == "round_trips":
+            ways = {name: _spread([1e3 * x for x in times]) for name, times in entry["result"].items()}
+            yield "round_trips", {**entry["cluster"], "ways": ways}
         elif entry["kind"] == "weights":
             for operation in ("weights", "curvature"):
                 for workers, seconds in entry["result"][operation].items():
@@ -133,15 +138,22 @@ def _steps(entry: Entry) -> Iterator[tuple[str, Row]]:
 
 def _memory(alone: Sequence[Entry]) -> Iterator[tuple[str, Row]]:
     """The rows of jobs with one contender each, which had the process for itself."""
-    peaks = {name: entry["result"]["peak"] for entry in alone for name in entry["result"]["times"]}
+    peaks = {_place(entry): entry["result"]["peak"] for entry in alone}
     for entry in alone:
         (name,) = entry["result"]["times"]
+        peak, average = peaks[_place(entry)], peaks.get(_place(entry, "average"))
         gradient = 4 * entry["result"]["parameters"]
         model = {"framework": entry["case"]["framework"], "model": entry["case"]["model"], "schedule": name}
-        row = {**entry["cluster"], **model, "gradient": _short(gradient / 2**20), "peak": _short(peaks[name] / 2**20)}
-        if name != "average" and "average" in peaks:
-            row["beyond"] = _short((peaks[name] - peaks["average"]) / gradient)
+        row = {**entry["cluster"], **model, "gradient": _short(gradient / 2**20), "peak": _short(peak / 2**20)}
+        if name != "average" and average is not None:
+            row["beyond"] = _short((peak - average) / gradient)
         yield "memory", row
+
+
+def _place(entry: Entry, contender: str = "") -> tuple[object, ...]:
+    """The cluster, model and contender of a job with one contender; another contender in its place, if given."""
+    (own,) = entry["result"]["times"]
+    return (*entry["cluster"].values(), entry["case"]["framework"], entry["case"]["model"], contender or own)
 
 
 def _beside(times: dict[str, list[float]]) -> Row:
@@ -151,8 +163,12 @@ def _beside(times: dict[str, list[float]]) -> Row:
 
 
 def _ratio(times: Sequence[float], peers: Sequence[float]) -> list[float]:
-    """The turns' median, and the deciles' distance."""
-    turns = sorted(own / peer for own, peer in zip(times, peers, strict=True))
+    return _spread([own / peer for own, peer in zip(times, peers, strict=True)])
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    """The median, and the deciles' distance."""
+    turns = sorted(values)
     return [_short(statistics.median(turns)), _short(turns[-1 - len(turns) // 10] - turns[len(turns) // 10])]
 
 

@@ -57,6 +57,7 @@ def show(studies: Studies) -> str:
         "Comparing replicas": comparisons(every(studies, "replicas")),
         "Beside averaging": ratios([*every(studies, "collectives"), *every(studies, "steps")]),
         "Aggregators": aggregators(every(studies, "aggregators")),
+        "Round trips": round_trips(every(studies, "round_trips")),
         "Memory": memory(every(studies, "memory")),
         "Weights and local arithmetic": local(every(studies, "local")),
         "What the cost model expected / what was measured, ms": choices(every(studies, "choices")),
@@ -144,6 +145,13 @@ def phases(rows: Sequence[Row]) -> str:
         ["what", "where", "schedule", "ms of a step, mean of the ranks"],
         ([what(row), where(row), row["schedule"], parts] for row, parts in zip(rows, text, strict=True)),
     )
+
+
+def round_trips(rows: Sequence[Row]) -> str:
+    """Milliseconds that a sum of a few numbers takes by each way, with the deciles' distance in brackets."""
+    names = list(dict.fromkeys(name for row in rows for name in row["ways"]))
+    cells = (["{:.3f} ({:.2f})".format(*row["ways"][name]) for name in names] for row in rows)
+    return _table(["where", *names], ([where(row), *own] for row, own in zip(rows, cells, strict=True)))
 
 
 def comparisons(rows: Sequence[Row]) -> str:

@@ -76,9 +76,16 @@ MUTATIONS = [
     Mutation(
         "a shard's own segments",
         "schedules/one_pass.py",
-        "first = self.collectives.rank * length",
-        "first = 0",
+        "return self.collectives.rank * shard, (self.collectives.rank + 1) * shard",
+        "return 0, shard",
         "tests/conformance/test_conformance.py -k 'pytorch and gloo'",
+    ),
+    Mutation(
+        "whoever reads others' memory waits for them",
+        "collectives/shared.py",
+        "if min(self._counts.tolist()) < self._sent:",
+        "if False:",
+        "tests/pytorch/test_torch_memory.py",
     ),
     Mutation(
         "the weight of a rank that has joined",

@@ -11,7 +11,7 @@ PHASES = ["backward", *COLLECTIVES.values(), "optimizer step"]
 
 
 def watch(reached: Callable[[str], None]) -> None:
-    """Have `reached(phase)` called when this process has begun a collective of that phase; or is about to, by MPI."""
+    """Have `reached(phase)` called when this process has begun a collective of that phase; or is about to, directly."""
     from adacons_hvd.collectives.direct import Link
     from adacons_hvd.collectives.horovod_torch import HorovodTorch
 
@@ -28,12 +28,13 @@ def watch(reached: Callable[[str], None]) -> None:
     for name in ("allreduce", "alltoall", "allgather"):
         setattr(HorovodTorch, name, watched(getattr(HorovodTorch, name)))
 
-    by_mpi = Link.sum
+    Link.gather = watched(Link.gather)  # type: ignore[method-assign]
+    whole_sum = Link.sum
 
     def call(self: Any, tensor: Any, name: str) -> Any:
         phase = COLLECTIVES.get(name.rpartition(".")[2])
         if phase:
             reached(phase)
-        return by_mpi(self, tensor, name)
+        return whole_sum(self, tensor, name)
 
     Link.sum = call  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from ..ops import Tensor
 
-__all__ = ["Collectives", "Pending", "host_name", "ready"]
+__all__ = ["Collectives", "Direct", "Pending", "host_name", "ready"]
 
 
 class Pending(Protocol):
@@ -36,18 +36,33 @@ class Pending(Protocol):
 
 
 class Direct(Protocol):
-    """A way for small messages on the host that takes a fraction of a collective's time."""
+    """A way for messages on the host that takes a fraction of a collective's time."""
+
+    #: Whether workers share the memory of messages: any size is worth it then, and what one worker has sent can be
+    #: forgotten without the others.
+    in_memory: bool
 
     def sum(self, tensor: Tensor, name: str) -> Tensor:
         """The sum of everyone's flat tensor."""
         ...
 
-    def prepare(self, tensor: Tensor, name: str) -> bool:
-        """Whether tensors like this one can be gathered; to be asked once, by all workers in the same order."""
+    def prepare(self, tensor: Tensor, name: str, buffers: int = 2) -> bool:
+        """Whether tensors like this one can be gathered; to be asked once, by all workers in the same order.
+
+        One buffer is enough where all workers have read what they gathered before one of them gathers again.
+        """
         ...
 
-    def gather(self, tensor: Tensor, name: str) -> Pending:
-        """Everyone's flat tensor, concatenated in rank order."""
+    def gather(self, tensor: Tensor, name: str, out: Tensor | None = None) -> Pending:
+        """Everyone's flat tensor, concatenated in rank order; without ``out``, until this worker gathers anew."""
+        ...
+
+    def forget(self, name: str) -> None:
+        """Give back what gathering by that name takes."""
+        ...
+
+    def own(self, name: str) -> Tensor:
+        """Where what this worker gathers next by that name may be written, to save a copy."""
         ...
 
 
@@ -64,7 +79,7 @@ class Collectives(Protocol):
 
     @property
     def direct(self) -> Direct | None:
-        """A shorter way for small messages, while it is known that all workers are here; None where there is none."""
+        """A shorter way for messages, while it is known that all workers are here; None where there is none."""
         ...
 
     # Where `out` is given, the result is put there if the library can. It may be `tensor` itself

@@ -1,9 +1,10 @@
-"""Small messages straight from rank to rank, by mpi4py, where Horovod runs over MPI.
+"""Messages straight from rank to rank, beside Horovod.
 
-Whatever Horovod is given waits for its thread, which wakes once a millisecond. MPI carries a small message in a
-hundredth of that. So what every rank tells all others in a step (flags, statistics, small gradients) takes this way,
-if all ranks have mpi4py. It knows nothing of ranks that have left with ``hvd.join()``; of those Horovod tells, which
-:mod:`adacons_hvd.torch.reducer` asks in every step.
+Whatever Horovod is given waits for its thread, which wakes once a millisecond. Memory that ranks share, or MPI, carries
+a small message in a hundredth of that. So what every rank tells all others in a step (flags, statistics, gradients)
+takes this way: through shared memory where all ranks are on one host (:mod:`.shared`), else by mpi4py where Horovod
+runs over MPI and all ranks have it, if the message is small. It knows nothing of ranks that have left with
+``hvd.join()``; of those Horovod tells, which :mod:`adacons_hvd.torch.reducer` asks in every step.
 
 A :class:`Link` belongs to one layout of one optimizer. Its messages carry a mark of their own, so whatever was under
 way when ranks lay out anew can be forgotten: nobody takes it for something else.
@@ -16,16 +17,21 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
 from . import Pending, ready
+from .shared import SharedChannel
 
 __all__ = ["MOST_RANKS", "Channel", "Link", "Meeting", "links_made", "pause", "world_rank"]
 
-# Seconds. MPI moves messages only while somebody looks for them, so for so long a rank does nothing else but let others
-# run in between; then it sleeps between looks for an eighth of the time it has waited, a millisecond at most.
+# Seconds. What comes at once is looked for without sleeping; the shortest sleep is a tenth of a millisecond. But where
+# ranks outnumber processors, one that never sleeps keeps another from running, so not for longer than that.
+_SHORT = 2e-4
+# MPI moves messages only while somebody looks for them, so for so long a rank sleeps as briefly as it can; then between
+# looks, for an eighth of the time it has waited, a millisecond at most.
 _SPIN = 3e-3
 _LONGEST_SLEEP = 1e-3
 
@@ -70,51 +76,127 @@ def world_rank() -> int:
     return int(MPI.COMM_WORLD.Get_rank()) if usable else -1
 
 
+class Channel(Protocol):
+    """One message from every rank to every other, again and again."""
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Everyone's message by rank, this rank's own among them; valid until this rank sends the next one."""
+        ...
+
+    @property
+    def own(self) -> torch.Tensor:
+        """The row in which this rank's next message may be written."""
+        ...
+
+    def start(self) -> None:
+        """Send what is in this rank's own row to all others, and begin to receive theirs."""
+        ...
+
+    def arrived(self) -> bool:
+        """Whether everyone's message is here, and this rank's own is on its way to all."""
+        ...
+
+    def drop(self) -> None:
+        """Forget it, whatever is under way."""
+        ...
+
+
 class Link:
     """The direct ways between all ranks of a process set, for one layout of one optimizer.
 
-    All ranks make it together. ``ranks`` are their ranks in MPI's world, and ``number`` is the same on all of them, and
-    larger than that of every link that one of them has made before. ``watch`` begins a collective of Horovod's, once in
-    each step and with the first message: it fails if a rank leaves, and Horovod warns of a rank that does not begin it.
+    All ranks make it together, by :meth:`by_memory` or :meth:`by_mpi`. ``watch`` begins a collective of Horovod's: it
+    fails if a rank leaves, and Horovod warns of a rank that does not begin it. A rank begins one for each kind of
+    message, which is the end of its name, when it has sent all of that kind and waits for the first one of others. What
+    was sent before the step needs none: with the flags, it is there.
     """
 
-    #: That collective, while it is under way.
+    #: The last of these collectives, while it is under way.
     watched: Pending | None = None
+    #: The kinds of message that are watched for in this step; None outside of one. A link is made in the course of one.
+    _kinds: set[str] | None
 
-    def __init__(self, ranks: Sequence[int], rank: int, number: int, watch: Callable[[], Pending]) -> None:
+    def __init__(
+        self, size: int, rank: int, make: Callable[..., Channel], watch: Callable[[str], Pending], in_memory: bool
+    ) -> None:
+        self.size, self.rank, self.in_memory = size, rank, in_memory
+        self._make = make
+        self._channels: dict[str, Channel] = {}
+        self._watch, self._kinds = watch, set()
+        self._numbers = 0
+        self._is_dropped = False
+
+    @classmethod
+    def by_memory(cls, token: str, size: int, rank: int, watch: Callable[[str], Pending]) -> Link:
+        """A link through memory, for ranks of one host. ``token`` is the same on all of them, and of this link only."""
+
+        def make(number: int, like: torch.Tensor, buffers: int) -> Channel:
+            return SharedChannel(f"{token}-{number}", size, rank, like, buffers)
+
+        return cls(size, rank, make, watch, in_memory=True)
+
+    @classmethod
+    def by_mpi(cls, ranks: Sequence[int], rank: int, number: int, watch: Callable[[str], Pending]) -> Link:
+        """A link by MPI. ``ranks`` are all ranks in MPI's world, and ``number`` is the same on all of them, and larger
+        than that of every link that one of them has made before."""
         global _links
         from mpi4py import MPI
 
         world = tuple(ranks)
         if world not in _groups:
             _groups[world] = MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.Get_group().Incl(world))
-        self._communicator = _groups[world]
+        communicator = _groups[world]
         _links = number
         marks: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
         # Those of a link come again only once so many others have been made that its messages are long gone.
-        self._mark = number % (marks // _CHANNELS) * _CHANNELS
-        self._channels: dict[str, Channel] = {}
-        self._watch, self._is_watched = watch, False
-        self.size, self.rank = len(world), rank
+        mark = number % (marks // _CHANNELS) * _CHANNELS
+
+        def make(number: int, like: torch.Tensor, buffers: int) -> Channel:
+            return MessageChannel(len(world), rank, communicator, mark + number, like)
+
+        return cls(len(world), rank, make, watch, in_memory=False)
 
     def begin_step(self) -> None:
-        """Say that another step of all ranks begins; what was watched in the last one has ended."""
-        self.watched, self._is_watched = None, False
+        """Say that all ranks are here and take another step; what was watched in the last one has ended."""
+        self.watched, self._kinds = None, set()
 
-    def prepare(self, tensor: torch.Tensor, name: str) -> bool:
-        """Make the channel for flat tensors like this one; False if there are so many that it must take another way.
+    def end_step(self) -> None:
+        """Say that the step is over."""
+        self._kinds = None
 
-        All ranks ask for a link's channels in the same order.
+    def prepare(self, tensor: torch.Tensor, name: str, buffers: int = 2) -> bool:
+        """Make the channel for flat tensors like this one; False if it must take another way, as where there are too
+        many channels, or too little memory on some rank.
+
+        All ranks ask for a link's channels in the same order. With one buffer, what a rank has received is
+        overwritten when another one sends anew, so ranks must know in another way that all have read it.
         """
-        if len(self._channels) < _CHANNELS - _KEPT_FREE:
+        if len(self._channels) >= _CHANNELS - _KEPT_FREE:
+            return False
+        if not self.in_memory:
             self.channel(name, tensor)
-        return name in self._channels
+            return True
+        try:
+            self.channel(name, tensor, buffers)
+        except OSError:
+            made = 0
+        else:
+            made = 1
+        if int(self.sum(torch.tensor([made]), "made")) == self.size:
+            return True
+        if made:
+            self.forget(name)
+        return False
 
-    def channel(self, name: str, like: torch.Tensor) -> Channel:
+    def forget(self, name: str) -> None:
+        """Make no more use of a channel, on all ranks, once its messages have arrived."""
+        self._channels.pop(name).drop()
+
+    def channel(self, name: str, like: torch.Tensor, buffers: int = 2) -> Channel:
         """The channel of that name, made when it is asked for first."""
         if name not in self._channels:
-            mark = self._mark + len(self._channels)
-            self._channels[name] = Channel(self, self._communicator, mark, like)
+            self._numbers += 1
+            self._channels[name] = self._make(self._numbers, like, buffers)
         return self._channels[name]
 
     def wait(self, channel: Channel) -> torch.Tensor:
@@ -138,25 +220,50 @@ class Link:
 
     def send(self, name: str, tensor: torch.Tensor) -> Channel:
         """Send everyone this flat tensor through the channel of that name, and begin to receive theirs."""
-        if not self._is_watched:
-            self.watched, self._is_watched = self._watch(), True
         channel = self.channel(name, tensor)
         self.wait(channel)  # the message before it, which all ranks have sent
-        channel.send(tensor)
+        own = channel.own
+        if tensor.data_ptr() != own.data_ptr():
+            own.copy_(tensor)
+        channel.start()
         return channel
+
+    def _watch_for(self, name: str) -> None:
+        """Begin to watch for ranks that leave, while messages of this name's kind are awaited."""
+        kind = name.rpartition(".")[2]
+        if self._kinds is not None and kind not in self._kinds:
+            self._kinds.add(kind)
+            self.watched = self._watch(kind)
 
     def sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """The sum of everyone's tensor, the same bits on every rank."""
-        first, *others = self.wait(self.send(name, tensor))
+        channel = self.send(name, tensor)
+        self._watch_for(name)
+        first, *others = self.wait(channel)
         result: torch.Tensor = first.clone()
         for other in others:
             result += other
         return result
 
-    def gather(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Everyone's flat tensor, concatenated in rank order."""
+    def gather(self, tensor: torch.Tensor, name: str, out: torch.Tensor | None = None) -> Pending:
+        """Everyone's flat tensor, concatenated in rank order; without ``out``, until this rank sends the next one."""
+        if self._is_dropped:
+            # A rank that has come back has begun by this link, and is told so with the flags.
+            return ready(lambda: tensor)
         channel = self.send(name, tensor)
-        return ready(lambda: self.wait(channel).view(-1), channel.arrived)
+        in_step = self._kinds is not None
+
+        def finish() -> torch.Tensor:
+            if in_step:
+                self._watch_for(name)
+            everything = self.wait(channel).view(-1)
+            return everything if out is None else out.copy_(everything)
+
+        return ready(finish, channel.arrived)
+
+    def own(self, name: str) -> torch.Tensor:
+        """Where what this rank is to :meth:`gather` next by that name may be written, to save a copy."""
+        return self._channels[name].own
 
     def meeting(self, name: str, like: torch.Tensor) -> Meeting:
         """Make a meeting of all ranks at which each tells the others a flat tensor like this one."""
@@ -164,6 +271,7 @@ class Link:
 
     def drop(self) -> None:
         """Forget all messages under way."""
+        self._is_dropped = True
         for channel in self._channels.values():
             channel.drop()
         self._channels.clear()
@@ -177,11 +285,19 @@ class Meeting:
     """
 
     def __init__(self, link: Link, name: str, like: torch.Tensor) -> None:
-        self._link = link
-        self._messages = link.channel(name, like)
-        self._confirmations = link.channel(f"{name}.confirmed", like.new_zeros(1))
+        self._link, self._name, self._like = link, name, like
         #: Nothing is awaited, or messages are, or confirmations.
         self._awaited: Channel | None = None
+
+    # Made when they are first needed: what is never used would leave a file behind.
+
+    @cached_property
+    def _messages(self) -> Channel:
+        return self._link.channel(self._name, self._like)
+
+    @cached_property
+    def _confirmations(self) -> Channel:
+        return self._link.channel(f"{self._name}.confirmed", self._like.new_zeros(1))
 
     @property
     def rows(self) -> torch.Tensor:
@@ -191,11 +307,14 @@ class Meeting:
     def begin(self, message: torch.Tensor) -> None:
         """Tell the others."""
         self.end()  # the meeting before it, at which all ranks were
-        self._messages.send(message)
+        self._messages.own.copy_(message)
+        self._messages.start()
         self._awaited = self._messages
 
     def over(self) -> bool:
         """Whether everything is known. Whoever waits for it has to ask again and again, for the others' sake too."""
+        if self._awaited is None:
+            return True
         if self._awaited is self._messages and self._messages.arrived():
             self._confirmations.start()
             self._awaited = self._confirmations
@@ -208,45 +327,37 @@ class Meeting:
         self._link.wait_until(self.over)
 
 
-class Channel:
-    """One message from every rank to every other, again and again."""
+class MessageChannel:
+    """A channel by MPI."""
 
     #: Everyone's message by rank, this rank's own among them.
     rows: torch.Tensor
 
-    def __init__(self, link: Link, communicator: Any, mark: int, like: torch.Tensor) -> None:
+    def __init__(self, size: int, rank: int, communicator: Any, mark: int, like: torch.Tensor) -> None:
         from mpi4py import MPI
 
-        self._rank = link.rank
         self._prequest, self._request = MPI.Prequest, MPI.Request
-        self.rows = like.new_zeros((link.size, like.numel()))
+        self.rows = like.new_zeros((size, like.numel()))
+        self.own = self.rows[rank]
         data = self.rows.view(torch.uint8)
-        others = [rank for rank in range(link.size) if rank != link.rank]
-        receive = [communicator.Recv_init([data[rank], MPI.BYTE], rank, mark) for rank in others]
-        send = [communicator.Send_init([data[link.rank], MPI.BYTE], rank, mark) for rank in others]
+        others = [other for other in range(size) if other != rank]
+        receive = [communicator.Recv_init([data[other], MPI.BYTE], other, mark) for other in others]
+        send = [communicator.Send_init([data[rank], MPI.BYTE], other, mark) for other in others]
         self._requests = [*receive, *send]
         self._finalizer = weakref.finalize(self, _free, receive, send, os.getpid())
         self._finalizer.atexit = False
         self._under_way = False
 
-    def send(self, tensor: torch.Tensor) -> None:
-        """Send this rank's message to all others, and begin to receive theirs."""
-        self.rows[self._rank] = tensor
-        self.start()
-
     def start(self) -> None:
-        """The same for a message that is in its row already."""
         self._prequest.Startall(self._requests)
         self._under_way = True
 
     def arrived(self) -> bool:
-        """Whether everyone's message is here, and this rank's own is on its way to all."""
         if self._under_way and self._request.Testall(self._requests):
             self._under_way = False
         return not self._under_way
 
     def drop(self) -> None:
-        """Forget it, whatever is under way."""
         self._finalizer()
         self._under_way = False
 
@@ -272,4 +383,7 @@ def _free(receive: Sequence[Any], send: Sequence[Any], process: int) -> None:
 def pause(started: float) -> None:
     """Let others run, between two looks for what may be there at once."""
     waited = time.perf_counter() - started
-    time.sleep(0 if waited < _SPIN else min(waited / 8, _LONGEST_SLEEP))
+    if waited < _SHORT:
+        os.sched_yield()
+    else:
+        time.sleep(0 if waited < _SPIN else min(waited / 8, _LONGEST_SLEEP))

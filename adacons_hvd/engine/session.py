@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from .. import __version__, agreement
-from ..calibration import measured_rates
+from ..calibration import assumed_rates, measured_rates
 from ..collectives import Collectives
 from ..costs import Choice, Network, Rates, choose
 from ..ops import Tensor
@@ -164,6 +164,10 @@ class Arrival:
     world_rank: int = -1
     #: How many such ways it has made.
     links: int = 0
+    #: A number that ranks of one host have in common if they can share memory; -1 if this one cannot.
+    memory_device: int = -1
+    #: A name for the memory that ranks share, if this is the first of them.
+    token: str = ""
 
 
 def agree(collectives: Collectives, mine: Arrival, description: Mapping[str, Any], name: str) -> list[Arrival]:
@@ -201,7 +205,7 @@ def choose_schedule(
     if isinstance(wanted, Network):
         rates, approximate = Rates.of(wanted, workers, per_host), wanted.approximate
     elif workers == 1 or (per_host == workers and size < MEASURED_FROM):
-        rates = Rates.of(Network(), workers, per_host)
+        rates = assumed_rates(collectives, per_host, reference)
     else:
         rates = measured_rates(collectives, hosts, size, reference, f"{name}.calibration")
     return choose(rates, size, settings.bucket_bytes, aggregator=aggregator, approximate=approximate)

@@ -109,8 +109,12 @@ class Transfer:
     arrived: Tensor = None
     #: Whether the first collective is no sum, and so must not begin before it is known that all workers are here.
     needs_all: bool = False
-    #: Whether it goes the direct way for small messages.
+    #: Whether it goes the direct way.
     direct: bool = False
+    #: Memory for the bucket's content from which it need not be copied; None if any memory is as good.
+    place: Tensor = None
+    #: Whether what it has begun can be forgotten without the other workers.
+    can_forget: bool = False
 
     def __init__(self, schedule: Schedule) -> None:
         self.collectives = schedule.collectives
@@ -166,7 +170,7 @@ class Bucket:
     complete: bool
     #: Whether it must not begin before it is known that all workers are here.
     needs_all: bool = False
-    #: Whether the first collective goes the direct way for small messages.
+    #: Whether the first collective goes the direct way.
     direct: bool = False
     begun: bool = False
     #: The aggregator's memory of earlier steps, and the factor that gradients had to be multiplied by
@@ -244,6 +248,11 @@ class DenseBucket(Bucket):
     def reference(self) -> Tensor:
         return self.buffer
 
+    @property
+    def place(self) -> Tensor | None:
+        """Memory for the content, in which it costs one copy less; None if any memory is as good."""
+        return self._transfer.place
+
     def remembered(self, name: str) -> Tensor:
         """``[groups, 1]`` of the memory; zeros before the first step."""
         if name in self.memory:
@@ -256,7 +265,10 @@ class DenseBucket(Bucket):
         self.begun = True
 
     def abandon(self) -> None:
-        self._wait()
+        if self._transfer.can_forget:
+            self._pending = None
+        else:
+            self._wait()
         self.begun = False
 
     def shares(self, gramian: bool) -> list[Share]:

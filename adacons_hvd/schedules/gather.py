@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..collectives import Pending
+from ..collectives import Direct, Pending
 from ..ops import Tensor, ops_for
 from .base import DenseBucket, Done, Schedule, Segment, Transfer, passes
 from .rows import RowsTransfer
@@ -37,12 +37,12 @@ class Gather(Schedule):
     sees_all = True
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
-        if not _is_little(bucket.bytes, self.collectives.size):
-            return _GatherTransfer(self)
-        direct = self.collectives.direct
-        if direct is not None and direct.prepare(bucket.buffer, _rows(bucket)):
-            return _DirectTransfer(self)
-        return _SummedTransfer(self) if self.collectives.may_begin_with_sums else _GatherTransfer(self)
+        direct, little = self.collectives.direct, _is_little(bucket.bytes, self.collectives.size)
+        # With a history, a mean takes the place of a row, which others may be reading in shared memory.
+        fits = direct is not None and (not self.history if direct.in_memory else little)
+        if direct is not None and fits and direct.prepare(bucket.buffer, _rows(bucket)):
+            return _DirectTransfer(self, direct)
+        return _SummedTransfer(self) if little and self.collectives.may_begin_with_sums else _GatherTransfer(self)
 
     def kept(self, length: int) -> tuple[int, int]:
         return 0, length
@@ -50,6 +50,8 @@ class Gather(Schedule):
     @classmethod
     def cost(cls, rates: Rates, size: float, bucket: float, gramian: bool = False, history: int = 0) -> float:
         n = rates.workers
+        if rates.in_memory and rates.direct is not None and not history:
+            return rates.direct.sent(size, bucket) + (rates.look + rates.combine) * n * size
         summed, gathered = rates.allreduce.sent(size, bucket, n), rates.allgather.sent(size, bucket, n)
         moved = min(summed, gathered) if _is_little(size, n) else gathered
         return moved + (rates.look + rates.combine) * n * size * passes(n, history)
@@ -84,9 +86,13 @@ class _GatherTransfer(RowsTransfer):
 class _DirectTransfer(_GatherTransfer):
     direct = True
 
+    def __init__(self, schedule: Schedule, direct: Direct) -> None:
+        super().__init__(schedule)
+        self._direct = direct
+        self.can_forget, self.needs_all = direct.in_memory, not direct.in_memory
+
     def begin(self, bucket: DenseBucket) -> Pending:
-        assert self.collectives.direct is not None
-        return self.collectives.direct.gather(bucket.buffer, _rows(bucket))
+        return self._direct.gather(bucket.buffer, _rows(bucket))
 
 
 class _SummedTransfer(_GatherTransfer):

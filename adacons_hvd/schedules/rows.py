@@ -34,13 +34,13 @@ class RowsTransfer(Transfer):
         raise NotImplementedError
 
     def shares(self, bucket: DenseBucket, gramian: bool) -> Iterator[Share]:
-        rows = self._rows()
+        rows = self.rows(bucket)
         past = self._past = None if bucket.past is None else ops_for(rows).current(bucket.past)
         for start, stop, group in self.pieces(bucket):
             yield Share(group, table_of(rows[:, start:stop], gramian, None if past is None else past[:, start:stop]))
 
     def combine(self, bucket: DenseBucket, combination: Combination) -> Pending:
-        ops, rows, past = ops_for(self.arrived), self._rows(), self._past
+        ops, rows, past = ops_for(self.arrived), self.rows(bucket), self._past
         out = self.out(bucket, rows)
         pieces = list(self.pieces(bucket))
         if combination.elements is not None:
@@ -57,5 +57,6 @@ class RowsTransfer(Transfer):
             self._past = None
         return pending
 
-    def _rows(self) -> Tensor:
+    def rows(self, bucket: DenseBucket) -> Tensor:
+        """What has arrived, a row from each worker."""
         return ops_for(self.arrived).reshape(self.arrived, (self.collectives.size, -1))

@@ -114,12 +114,13 @@ class DensePacking(Packing):
         self._padded = -(-length // schedule.multiple) * schedule.multiple
         #: In place of a buffer between steps, and for the buffer's element type and device.
         self._nothing = torch.empty(0, dtype=dtype, device=slots[0].parameter.device)
-        self._views: dict[Slot, torch.Tensor] = {}
+        #: Each slot's part of a buffer, by the address of that.
+        self._views: dict[int, dict[Slot, torch.Tensor]] = {}
         #: Whether the bucket holds the gradient itself.
         self._in_place = False
-        buffer = self._gradient_itself()
         pieces = segments((slot.length, slot.group) for slot in slots)
-        self._bucket = DenseBucket(name, self._buffer if buffer is None else buffer, pieces, schedule)
+        # Filled by nobody: it has a buffer's length, and takes no memory before that is written to.
+        self._bucket = DenseBucket(name, self._nothing.new_empty(self._padded), pieces, schedule)
 
     @property
     def bucket(self) -> DenseBucket:
@@ -128,11 +129,17 @@ class DensePacking(Packing):
     @cached_property
     def _buffer(self) -> torch.Tensor:
         """The buffer of this packing, made when it is first needed."""
-        buffer = self._nothing.new_zeros(self._padded)
-        for slot in self.slots:
-            shape = real(slot.parameter.detach()).shape
-            self._views[slot] = buffer[slot.start : slot.start + slot.length].view(shape)
-        return buffer
+        place: torch.Tensor | None = self.bucket.place
+        return self._nothing.new_zeros(self._padded) if place is None else place
+
+    def _views_of(self, buffer: torch.Tensor) -> dict[Slot, torch.Tensor]:
+        address = buffer.data_ptr()
+        if address not in self._views:
+            self._views[address] = {
+                slot: buffer[slot.start : slot.start + slot.length].view(real(slot.parameter.detach()).shape)
+                for slot in self.slots
+            }
+        return self._views[address]
 
     def _gradient_itself(self) -> torch.Tensor | None:
         """The only slot's gradient as a flat tensor, if it can be used in place of a buffer."""
@@ -151,9 +158,10 @@ class DensePacking(Packing):
             self.bucket.buffer = gradient
             return
         self.bucket.buffer = self._buffer
+        parts = self._views_of(self._buffer)
         views, gradients = [], []
         for slot in self.slots:
-            view, gradient = self._views[slot], slot.parameter.grad
+            view, gradient = parts[slot], slot.parameter.grad
             if gradient is None:
                 view.zero_()
                 continue
@@ -179,9 +187,10 @@ class DensePacking(Packing):
                 slot.parameter.grad.mul_(self.bucket.restore[slot.group, 0])
 
     def _copy_back(self) -> None:
+        parts = self._views_of(self.bucket.buffer)
         views, gradients = [], []
         for slot in self.slots:
-            parameter, view = slot.parameter, self._views[slot]
+            parameter, view = slot.parameter, parts[slot]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradient = parameter.grad.detach()

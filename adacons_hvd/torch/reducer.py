@@ -25,6 +25,7 @@ its first collective is a sum, which may leave whoever is here.
 
 from __future__ import annotations
 
+import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ from ..collectives import Pending, host_name, ready
 from ..collectives.direct import MOST_RANKS, Link, Meeting, links_made, pause, world_rank
 from ..collectives.horovod_torch import HorovodTorch
 from ..collectives.hosts import Hosts
+from ..collectives.shared import memory_device
 from ..costs import Choice
 from ..engine.history import Place, intervals_of
 from ..engine.hosts import choose_hosts, names_of
@@ -197,6 +199,8 @@ class Reducer:
             for packing in self._packings:
                 packing.deliver()
                 packing.expect(self.passes)
+        if self._collectives.direct is not None:
+            self._collectives.direct.end_step()
         self.pending = False
         return mean_loss
 
@@ -285,12 +289,14 @@ class Reducer:
         if self._flags_meeting is not None:
             # In this step, because a rank may leave after it.
             self._flags_meeting.end()
-        _end(f"{self.name}.alive")
+        for generation, name in list(_carried):
+            if generation == numbering.generation and name.startswith(f"{self.name}.alive."):
+                _end(name)
         link.begin_step()
 
-    def _watch_ranks(self) -> Pending:
-        """Begin what tells whether all ranks are alive."""
-        name, one = f"{self.name}.alive", torch.ones(1)
+    def _watch_ranks(self, kind: str) -> Pending:
+        """Begin what tells whether all ranks are alive, while they wait for messages of this kind."""
+        name, one = f"{self.name}.alive.{kind}", torch.ones(1)
         key = numbering.generation, name
         _carried[key] = alive = self._collectives.allreduce(one, name, out=one)
         return ready(lambda: _end(name), lambda: key not in _carried or alive.done())
@@ -397,11 +403,15 @@ class Reducer:
 
     def _link(self, arrivals: Sequence[Arrival]) -> None:
         """Take the direct way if all ranks have it, for gradients on the host."""
-        ranks = [arrival.world_rank for arrival in arrivals]
-        if min(ranks) < 0 or len(ranks) > MOST_RANKS:
+        watch = _calling(weakref.WeakMethod(self._watch_ranks))
+        ranks, size, rank = [a.world_rank for a in arrivals], len(arrivals), self._collectives.rank
+        memory = {(arrival.host, arrival.memory_device) for arrival in arrivals}
+        if 1 < size <= MOST_RANKS and len(memory) == 1 and arrivals[0].memory_device >= 0:
+            link = Link.by_memory(arrivals[0].token, size, rank, watch)
+        elif min(ranks) >= 0 and size <= MOST_RANKS:
+            link = Link.by_mpi(ranks, rank, 1 + max(arrival.links for arrival in arrivals), watch)
+        else:
             return
-        number = 1 + max(arrival.links for arrival in arrivals)
-        link = Link(ranks, self._collectives.rank, number, _calling(weakref.WeakMethod(self._watch_ranks)))
         self._collectives.direct = link
         self._flags_meeting = link.meeting("flags", torch.tensor(Message().row()))
 
@@ -474,6 +484,7 @@ class Reducer:
 
     def _agree(self, slots: Sequence[Slot], digest: int) -> tuple[Choice, list[Arrival]]:
         """Learn from all ranks which slots are sparse, remember what they remember, and choose a schedule with them."""
+        on_host = all(slot.parameter.device.type == "cpu" for slot in slots)
         mine = Arrival(
             digest,
             host_name(),
@@ -482,8 +493,10 @@ class Reducer:
             memory=(self.state.digest(), self.state.steps),
             was_without_some=self._joined,
             held=self.state.history.held([slot.length for slot in slots], self._aggregator.history),
-            world_rank=self._world_rank(slots),
+            world_rank=world_rank() if on_host and mpi_enabled() else -1,
             links=links_made(),
+            memory_device=memory_device() if on_host else -1,
+            token=secrets.token_hex(8),
         )
         arrivals = agree(self._collectives, mine, self._description(slots), self.name)
         self._link(arrivals)
@@ -516,12 +529,6 @@ class Reducer:
             self.name,
         )
         return choice, arrivals
-
-    @staticmethod
-    def _world_rank(slots: Sequence[Slot]) -> int:
-        """This rank's number in MPI's world, or -1 where gradients cannot go the direct way."""
-        on_host = all(slot.parameter.device.type == "cpu" for slot in slots)
-        return world_rank() if on_host and mpi_enabled() else -1
 
     def _only_sums(self) -> Choice:
         if self.settings.workers == "host":

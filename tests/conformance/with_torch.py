@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import harness
 import torch
 from cases import Case, Seen, array, gradient, judged, pick
 
 import adacons_hvd.torch as hvd
+from adacons_hvd.collectives.shared import memory_device
+from adacons_hvd.torch import reducer
 
 
 def fitting(case: Case) -> Case:
@@ -20,6 +23,12 @@ def fitting(case: Case) -> Case:
 
 def run(case: Case) -> Counter[str]:
     """Train, compare, and count what was met."""
+    # Every third case goes as if ranks could not share memory: by MPI, or by Horovod alone.
+    with mock.patch.object(reducer, "memory_device", (lambda: -1) if case.seed % 3 == 0 else memory_device):
+        return _run(case)
+
+
+def _run(case: Case) -> Counter[str]:
     hvd.init()
     me = harness.rank()
     kinds = [getattr(torch, kind) for kind in case.types]

@@ -63,3 +63,19 @@ def test_a_ratio_is_the_median_of_the_turns(tmp_path, measured):
     times = measured[1]["result"]["times"]
     turns = sorted(own / peer for own, peer in zip(times["auto"], times["average"], strict=True))
     assert row["ratios"]["auto"][0] == pytest.approx(turns[len(turns) // 2], rel=1e-3)
+
+
+def test_memory_is_compared_with_averaging_of_the_same_model_on_the_same_cluster():
+    def alone(model, contender, ranks, peak):
+        case = {"framework": "torch", "model": model, "contenders": [contender]}
+        result = {"times": {contender: [1.0]}, "peak": peak * 2**20, "parameters": 2**18, "comparison": 0.0}
+        return {"kind": "steps", "cluster": asdict(Cluster(1, ranks)), "case": case, "result": result}
+
+    measured = [
+        alone("cnn", "average", 2, 100),
+        alone("cnn", "one-pass", 2, 102),
+        alone("resnet-50", "average", 2, 500),
+        alone("resnet-50", "one-pass", 4, 900),
+    ]
+    beyond = [row.get("beyond") for study, row in record.rows(measured) if study == "memory"]
+    assert beyond == [None, 2.0, None, None]

@@ -1,0 +1,115 @@
+"""Ranks of one host tell each other through memory that they share, if there is enough of it, and leave none behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+pytestmark = pytest.mark.ranks(2, 3, launcher=("mpi", "gloo"))
+
+
+def results(schedule: str, length: int = 5_001, **options: Any) -> tuple[list[Any], bool]:
+    """The gradients of some steps, and whether they went through memory."""
+    import torch
+    from torch_job import assert_equal_bits
+
+    import adacons_hvd.torch as hvd
+    from adacons_hvd import AdaCons
+
+    hvd.init()
+    own = torch.Generator().manual_seed(1 + hvd.rank())
+    # The first is alone in its bucket, and used where it is if its length allows; the others are packed.
+    parameters = [torch.nn.Parameter(torch.zeros(*shape)) for shape in ((6 * length,), (length,), (3, 7))]
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(parameters, lr=1.0),
+        aggregator=AdaCons(momentum=0.9),
+        schedule=schedule,
+        groups=[[parameters[0]], parameters[1:]],
+        **options,
+    )
+    found = []
+    for step in range(5):
+        values = [torch.randn(p.shape, generator=own) + 0.1 for p in parameters]
+        optimizer.zero_grad()
+        sum((p * v).sum() for p, v in zip(parameters, values, strict=True)).backward()
+        if step == 3 and hvd.rank() == 1:
+            parameters[1].grad.mul_(2)  # after it has left
+        optimizer.step()
+        found.append([p.grad.clone() for p in parameters])
+        assert_equal_bits(parameters)
+    reducer = optimizer._reducer
+    link = reducer._collectives.direct
+    direct = link is not None and link.in_memory and all(packing.bucket.direct for packing in reducer._packings)
+    return found, direct
+
+
+def with_and_without(schedule: str) -> None:
+    """The results through memory are those that Horovod brings."""
+    import torch
+
+    from adacons_hvd.torch import reducer
+
+    with mock.patch.object(reducer, "memory_device", return_value=-1):
+        expected, direct = results(schedule)
+    assert not direct
+    found, direct = results(schedule)
+    assert direct
+    for mine, theirs in zip(found, expected, strict=True):
+        for x, y in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "gather"])
+def test_results_are_those_of_horovods_own_collectives(cluster, schedule):
+    cluster.run(with_and_without, schedule)
+
+
+def with_little_memory(schedule: str) -> bool:
+    """One rank finds that there is too little memory for gradients."""
+    import harness
+
+    from adacons_hvd.collectives import direct
+
+    class Small(direct.SharedChannel):
+        def __init__(self, token: str, size: int, rank: int, like: Any, buffers: int) -> None:
+            if like.numel() > 1000 and rank == 1:
+                raise OSError("no space left")
+            super().__init__(token, size, rank, like, buffers)
+
+    expected, _ = results(schedule)
+    with mock.patch.object(direct, "SharedChannel", Small):
+        found, through_memory = results(schedule)
+    assert all(harness.gather(not through_memory))
+    import torch
+
+    for mine, theirs in zip(found, expected, strict=True):
+        for x, y in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-8)
+    return through_memory
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "gather"])
+def test_all_ranks_do_without_where_one_has_too_little(cluster, schedule):
+    cluster.run(with_little_memory, schedule)
+
+
+def files_left(schedule: str) -> list[str]:
+    """What is left of a job's shared memory while the job goes on."""
+    import secrets
+
+    mine = f"test-{secrets.token_hex(8)}"
+    from adacons_hvd.torch import reducer
+
+    with mock.patch.object(reducer.secrets, "token_hex", return_value=mine):
+        _, direct = results(schedule)
+    assert direct
+    return [path.name for path in Path("/dev/shm").glob(f"adacons-{mine}-*")]
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "gather"])
+def test_nothing_is_left_behind_in_the_file_system(cluster, schedule):
+    for left in cluster.run(files_left, schedule):
+        assert left == []
