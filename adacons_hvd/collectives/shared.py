@@ -7,6 +7,7 @@ Nothing is sent, so a message that was written can be forgotten at any time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import platform
@@ -22,8 +23,11 @@ _FOLDER = Path("/dev/shm")
 # Bytes between two ranks' numbers, so that a processor that writes one does not take the others from its neighbours.
 _LINE = 128
 
-# Bytes that must be free for flags and statistics; for gradients, ranks look for themselves.
+# Bytes that must be free for flags and statistics.
 _ENOUGH = 16 << 20
+
+# What takes more bytes leaves half of the folder to others, such as processes that load data.
+_LITTLE = 1 << 20
 
 # Processors of this kind show a rank's writes to others in the order in which they were made.
 _ORDERLY = ("x86_64", "AMD64")
@@ -43,6 +47,11 @@ def memory_device() -> int:
         return -1
 
 
+def _leaves_half(length: int) -> bool:
+    folder = os.statvfs(_FOLDER)
+    return folder.f_bavail * folder.f_frsize - length >= folder.f_blocks * folder.f_frsize // 2
+
+
 class SharedChannel:
     """One message from every rank to every other, again and again; see :class:`.direct.Channel`.
 
@@ -57,6 +66,9 @@ class SharedChannel:
         elements, width = like.numel(), like.element_size()
         head = size * _LINE
         length = head + buffers * size * elements * width
+        # Whoever comes later finds it made.
+        if length > _LITTLE and not self._path.exists() and not _leaves_half(length):
+            raise OSError(errno.ENOSPC, f"{length} bytes are more than {_FOLDER} can spare")
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             # Whoever is first makes it so long; it holds zeros. Memory that is not there shows here, not when it is

@@ -96,6 +96,24 @@ def test_all_ranks_do_without_where_one_has_too_little(cluster, schedule):
     cluster.run(with_little_memory, schedule)
 
 
+def in_a_full_folder(schedule: str) -> bool:
+    """More than a megabyte would leave less than half of the folder."""
+    import os
+
+    from adacons_hvd.collectives import shared
+
+    room = os.statvfs("/dev/shm")
+    blocks = (1 << 30) // room.f_frsize
+    full = os.statvfs_result((*room[:2], blocks, blocks // 2, blocks // 2, *room[5:]))
+    with mock.patch.object(shared.os, "statvfs", return_value=full):
+        return results(schedule, 100_002)[1]
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "gather"])
+def test_half_of_the_folder_is_left_to_others(cluster, schedule):
+    assert not any(cluster.run(in_a_full_folder, schedule))
+
+
 def files_left(schedule: str) -> list[str]:
     """What is left of a job's shared memory while the job goes on."""
     import secrets
