@@ -6,12 +6,12 @@ Nothing is sent, so a message that was written can be forgotten at any time.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
 import platform
 import threading
+import weakref
 from pathlib import Path
 
 import torch
@@ -61,22 +61,24 @@ class SharedChannel:
     """
 
     def __init__(self, token: str, size: int, rank: int, like: torch.Tensor, buffers: int) -> None:
-        self._path: Path | None = _FOLDER / f"adacons-{token}"
+        path = _FOLDER / f"adacons-{token}"
+        #: Removes the file, once: when all have opened it, when the channel is dropped, or at the process's end.
+        self._remove = weakref.finalize(self, _removed, path, os.getpid())
         self._rank, self._buffers = rank, buffers
         elements, width = like.numel(), like.element_size()
         head = size * _LINE
         length = head + buffers * size * elements * width
         # Whoever comes later finds it made.
-        if length > _LITTLE and not self._path.exists() and not _leaves_half(length):
+        if length > _LITTLE and not path.exists() and not _leaves_half(length):
             raise OSError(errno.ENOSPC, f"{length} bytes are more than {_FOLDER} can spare")
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             # Whoever is first makes it so long; it holds zeros. Memory that is not there shows here, not when it is
             # written to.
             os.posix_fallocate(file, 0, length)
             memory = mmap.mmap(file, length)
         except OSError:
-            self.drop()
+            self._remove()
             raise
         finally:
             os.close(file)
@@ -103,16 +105,14 @@ class SharedChannel:
     def arrived(self) -> bool:
         if min(self._counts.tolist()) < self._sent:
             return False
-        if self._path is not None and self._sent:
+        if self._sent:
             self._remove()  # all have opened it
         return True
 
     def drop(self) -> None:
-        if self._path is not None:
-            self._remove()
+        self._remove()
 
-    def _remove(self) -> None:
-        assert self._path is not None
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
-        self._path = None
+
+def _removed(path: Path, process: int) -> None:
+    if os.getpid() == process:  # what a process has forked may end before others have opened the file
+        path.unlink(missing_ok=True)

@@ -34,8 +34,10 @@ class OnePass(Schedule):
             shard = bucket.buffer[: bucket.length // self.collectives.size]
             # A worker overwrites what it gave only when all have taken the step in which that was read.
             whole, part = _shards(bucket), _result(bucket)
-            if direct.prepare(shard, part, buffers=1) and direct.prepare(bucket.buffer, whole, buffers=1):
-                return _MemoryTransfer(self, direct, direct.own(whole))
+            if direct.prepare(shard, part, buffers=1):
+                if direct.prepare(bucket.buffer, whole, buffers=1):
+                    return _MemoryTransfer(self, direct, direct.own(whole))
+                direct.forget(part)
         return OnePassTransfer(self)
 
     def kept(self, length: int) -> tuple[int, int]:

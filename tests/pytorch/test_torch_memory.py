@@ -96,7 +96,7 @@ def test_all_ranks_do_without_where_one_has_too_little(cluster, schedule):
     cluster.run(with_little_memory, schedule)
 
 
-def in_a_full_folder(schedule: str) -> bool:
+def in_a_full_folder(schedule: str) -> list[str]:
     """More than a megabyte would leave less than half of the folder."""
     import os
 
@@ -106,28 +106,31 @@ def in_a_full_folder(schedule: str) -> bool:
     blocks = (1 << 30) // room.f_frsize
     full = os.statvfs_result((*room[:2], blocks, blocks // 2, blocks // 2, *room[5:]))
     with mock.patch.object(shared.os, "statvfs", return_value=full):
-        return results(schedule, 100_002)[1]
+        left, direct = files_left(schedule, 100_002)
+    assert not direct
+    return left
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "gather"])
-def test_half_of_the_folder_is_left_to_others(cluster, schedule):
-    assert not any(cluster.run(in_a_full_folder, schedule))
-
-
-def files_left(schedule: str) -> list[str]:
-    """What is left of a job's shared memory while the job goes on."""
+def files_left(schedule: str, length: int) -> tuple[list[str], bool]:
+    """What is left of a job's shared memory while the job goes on, and whether gradients went through it."""
     import secrets
 
     mine = f"test-{secrets.token_hex(8)}"
     from adacons_hvd.torch import reducer
 
     with mock.patch.object(reducer.secrets, "token_hex", return_value=mine):
-        _, direct = results(schedule)
-    assert direct
-    return [path.name for path in Path("/dev/shm").glob(f"adacons-{mine}-*")]
+        _, direct = results(schedule, length)
+    return [path.name for path in Path("/dev/shm").glob(f"adacons-{mine}-*")], direct
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "gather"])
-def test_nothing_is_left_behind_in_the_file_system(cluster, schedule):
-    for left in cluster.run(files_left, schedule):
+def test_half_of_the_folder_is_left_to_others_and_no_file(cluster, schedule):
+    for left in cluster.run(in_a_full_folder, schedule):
+        assert left == []
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "gather"])
+def test_no_file_is_left(cluster, schedule):
+    for left, direct in cluster.run(files_left, schedule, 5_001):
+        assert direct
         assert left == []
