@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -86,6 +87,21 @@ _MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
 }
+
+
+def sleep_while_waiting(folder: Path) -> None:
+    """Have Open MPI's ranks sleep for a moment wherever they only let others go first, if there is a compiler here.
+
+    It cannot wait without asking again and again. Of two ranks on a processor one would do that half of the time.
+    """
+    compiler = shutil.which("cc")
+    if compiler is not None:
+        library = folder / "waiting.so"
+        source = Path(__file__).with_name("waiting.c")
+        subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+        _MPI["LD_PRELOAD"] = str(library)
+
+
 # Eight processes importing a framework on two cores reach hvd.init() far apart; 30 s is the default.
 _GLOO = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "120"}
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import streams
 from harness.cluster import Cluster, Pools, check_nothing_left
-from harness.launchers import LAUNCHERS
+from harness.launchers import LAUNCHERS, sleep_while_waiting
 from harness.pool import Spec
 
 TIME_LIMIT = 120.0
@@ -31,6 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "time_limit(seconds): hard limit of each distributed run of a test",
     ):
         config.addinivalue_line("markers", line)
+    if not under_mpi():
+        folder = tempfile.TemporaryDirectory(prefix="harness-")
+        config.add_cleanup(folder.cleanup)
+        sleep_while_waiting(Path(folder.name))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
