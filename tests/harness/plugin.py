@@ -80,7 +80,7 @@ def spec_of(item: pytest.Item) -> Spec | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without a cluster first, then those that can share a pool together; under mpirun last.
+    """Tests without a cluster first, then those that can share a pool, or what ranks import; under mpirun last.
 
     Of two streams one begins at either end. Ranks under mpirun use up what they do not need while they wait for each
     other, so they run beside tests of one process.
@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def key(item: pytest.Item) -> tuple[Any, ...]:
         spec = spec_of(item)
-        return (1, spec.launcher.startswith("mpi"), spec.launcher, spec.word, spec.env, spec.ranks) if spec else (0,)
+        return (1, spec.launcher.startswith("mpi"), spec.word, spec.launcher, spec.env, spec.ranks) if spec else (0,)
 
     items.sort(key=key)
 
