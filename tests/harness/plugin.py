@@ -99,7 +99,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     config = session.config
     if config.getoption("streams") == 1 or config.option.collectonly or session.testsfailed or under_mpi():
         return None
-    streams.run(session, lambda item: spec_of(item) or item.path)
+    streams.run(session, lambda item: (spec_of(item), item.path))
     return True
 
 
