@@ -40,9 +40,6 @@ VARIANTS = {
 }
 
 
-#: Those whose way through the binding differs, for one more launcher.
-SOME = ("global_clipnorm", "gradient_accumulation_steps", "backward_passes_per_step", "loss_scale_factor")
-
 #: Of Keras 2 and of its older optimizers, which clip and add up in places of their own.
 OF_KERAS_2 = {
     **{name: VARIANTS[name] for name in ("clipnorm", "global_clipnorm", "moving average", "weight decay")},
@@ -76,11 +73,6 @@ def train(variants: dict) -> list[str]:
 
 def test_optimizer_options(cluster):
     assert cluster.run(train, VARIANTS) == [list(VARIANTS)] * 2
-
-
-@pytest.mark.ranks(2, launcher="gloo", pool="tensorflow")
-def test_optimizer_options_over_gloo(cluster):
-    assert cluster.run(train, {name: VARIANTS[name] for name in SOME}) == [list(SOME)] * 2
 
 
 @pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
