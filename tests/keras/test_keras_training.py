@@ -267,6 +267,26 @@ def test_a_rank_that_freezes_alone_is_an_error_everywhere(cluster):
     assert cluster.run(freeze_alone) == ["DisagreementError"] * 2
 
 
+def test_a_rank_that_changes_back_alone_is_an_error_everywhere(cluster):
+    """Every rank knows both sets of parameters, so none of them has anything new to agree on."""
+
+    def change_back() -> str:
+        from keras_job import apply, distributed, keras_and_hvd, network
+
+        keras, hvd = keras_and_hvd()
+        model = network(keras)
+        everything = model.trainable_variables
+        optimizer = distributed(keras, hvd)
+        optimizer.build(everything)
+        for variables in (everything, everything[2:]):
+            apply(keras, model, optimizer.apply, variables)
+        with pytest.raises(Exception, match="no longer train the same parameters") as caught:
+            apply(keras, model, optimizer.apply, everything[2 * (1 - hvd.rank()) :])
+        return type(caught.value).__name__
+
+    assert cluster.run(change_back) == ["DisagreementError"] * 2
+
+
 def disagree(difference: str) -> str:
     from keras_job import data, keras_and_hvd, network
 
