@@ -1,4 +1,4 @@
-/* What Open MPI calls over and over while it waits. Here it sleeps, so that a processor is left for those who work. */
+/* Open MPI and Horovod call this over and over while they wait. Here it sleeps, so that others can work meanwhile. */
 #include <time.h>
 
 int sched_yield(void) {
