@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from element_wise import TrimmedMean
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import CurvatureOracle, NormalizedMeanOracle, Oracle, error
@@ -447,14 +448,6 @@ def test_a_mean_that_cancels_is_left_as_it_is(length):
     decision, rows = NormalizedMean(length=length).explain(g)
     assert decision.fallback.all()
     assert torch.equal(decision.weights.float() @ rows, torch.zeros(2))
-
-
-class TrimmedMean(Aggregator):
-    """The mean of what is left of every element's values without the least and the greatest."""
-
-    def combine(self, rows, present):
-        kept = rows[present].sort(0).values[1:-1]
-        return kept.mean(0)
 
 
 def test_an_aggregator_that_works_element_by_element():

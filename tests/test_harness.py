@@ -418,6 +418,9 @@ def pytest_on(folder: Path, source: str, *options: str) -> tuple[subprocess.Pope
 
 INNER = """
 import time, pathlib, pytest
+from harness.launchers import IMPORTED
+
+IMPORTED["a little"] = ("json",)
 
 @pytest.mark.ranks(3, launcher={launcher!r}, pool={pool!r})
 def test_hang(cluster):
@@ -433,7 +436,7 @@ def test_hang(cluster):
 def test_a_killed_pytest_leaves_nothing(tmp_path: Path, launcher: str, number: signal.Signals) -> None:
     flag = tmp_path / "flag"
     # Ranks that are forked from a template, and ranks that are not.
-    pool = "" if number == signal.SIGKILL else "nothing imported"
+    pool = "a little" if number == signal.SIGKILL else "nothing imported"
     process, mark = pytest_on(tmp_path, INNER.format(launcher=launcher, flag=str(flag), pool=pool))
     try:
         assert processes.wait_until(flag.exists, 60), (tmp_path / "output").read_text()

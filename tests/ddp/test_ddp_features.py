@@ -292,6 +292,42 @@ def test_element_types_and_odd_shapes(cluster, names, tolerance):
     cluster.run(element_types, names, tolerance)
 
 
+def complex_buckets() -> list[bool]:
+    """Hand over buckets of complex numbers and take the same back; whether each bucket was one."""
+    from ddp_job import train
+
+    from adacons_hvd.ddp import attaching
+
+    found = []
+    hook = attaching.adacons_hook
+
+    class Bucket:
+        def __init__(self, real: Any) -> None:
+            self.real, self.parameters = real, real.parameters
+
+        def buffer(self) -> torch.Tensor:
+            return torch.view_as_complex(self.real.buffer().view(-1, 2))
+
+    def complex_hook(reducer, bucket):  # PyTorch refuses types that are not its own
+        found.append(bucket.parameters()[0].is_complex())
+        if not found[-1]:
+            return hook(reducer, bucket)
+        return hook(reducer, cast(Any, Bucket(bucket))).then(lambda future: torch.view_as_real(future.value()).view(-1))
+
+    attaching.adacons_hook = complex_hook
+    try:
+        train(Kinds([torch.float64, torch.complex128]), kinds_loss, tolerance=1e-12, make_optimizer=slow_sgd)
+    finally:
+        attaching.adacons_hook = hook
+    return found
+
+
+def test_complex_buckets_of_older_versions_of_pytorch(cluster):
+    """Newer ones hand them over as real numbers."""
+    for found in cluster.run(complex_buckets):
+        assert {True, False} <= set(found)
+
+
 class Words(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -75,12 +75,14 @@ class Pools:
         modules = IMPORTED.get(spec.word, ()) if spec.word else launcher.imported
         if not modules:
             return []
-        if self._imported != (modules, spec.env):
+        # What Horovod reads from the environment it reads when it is initialised: in the ranks, which have their own.
+        extra = {name: value for name, value in spec.env if not name.startswith("HOROVOD_")}
+        if self._imported != (modules, extra, launcher.env):
             # Tests are sorted, so what came before is not needed any more, and it takes memory.
             self._close_templates()
-            env = environment(launcher, self._folder, dict(spec.env))
+            env = environment(launcher, self._folder, extra)
             self._templates = [Template(modules, self._folder, env) for _ in range(2)]
-            self._imported = modules, spec.env
+            self._imported = modules, extra, launcher.env
         return [template.address for template in self._templates]
 
     def _close_templates(self) -> None:

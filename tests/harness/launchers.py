@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -114,6 +115,21 @@ DEFAULTS = {
     # What a rank printed before it was killed must already be in its file.
     "PYTHONUNBUFFERED": "1",
 }
+
+
+def sleep_while_waiting(folder: Path) -> None:
+    """Have ranks sleep for a moment wherever they only let others go first, if there is a compiler here.
+
+    Open MPI waits for messages, and Horovod's PyTorch for results, by asking again and again. Where ranks are more than
+    processors, that takes the time of those that are waited for.
+    """
+    compiler = shutil.which("cc")
+    if compiler is not None:
+        library = folder / "waiting.so"
+        source = Path(__file__).with_name("waiting.c")
+        subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+        DEFAULTS["LD_PRELOAD"] = str(library)
+
 
 #: For `env=` of a test that makes process sets after hvd.init(). Not for all: with it, two ranks on two cores over MPI
 #: at times take hundreds of milliseconds for a step.

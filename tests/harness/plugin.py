@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import streams
 from harness.cluster import Cluster, Pools, check_nothing_left
-from harness.launchers import LAUNCHERS
+from harness.launchers import LAUNCHERS, sleep_while_waiting
 from harness.pool import Spec
 
 TIME_LIMIT = 120.0
@@ -31,6 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "time_limit(seconds): hard limit of each distributed run of a test",
     ):
         config.addinivalue_line("markers", line)
+    if not under_mpi():
+        folder = tempfile.TemporaryDirectory(prefix="harness-")
+        config.add_cleanup(folder.cleanup)
+        sleep_while_waiting(Path(folder.name))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -74,7 +80,7 @@ def spec_of(item: pytest.Item) -> Spec | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without a cluster first, then those that can share a pool together; under mpirun last.
+    """Tests without a cluster first, then those that can share a pool, or what ranks import; under mpirun last.
 
     Of two streams one begins at either end. Ranks under mpirun use up what they do not need while they wait for each
     other, so they run beside tests of one process.
@@ -82,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def key(item: pytest.Item) -> tuple[Any, ...]:
         spec = spec_of(item)
-        return (1, spec.launcher.startswith("mpi"), spec.launcher, spec.word, spec.env, spec.ranks) if spec else (0,)
+        return (1, spec.launcher.startswith("mpi"), spec.word, spec.launcher, spec.env, spec.ranks) if spec else (0,)
 
     items.sort(key=key)
 
@@ -93,7 +99,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     config = session.config
     if config.getoption("streams") == 1 or config.option.collectonly or session.testsfailed or under_mpi():
         return None
-    streams.run(session, lambda item: spec_of(item) or item.path)
+    streams.run(session, lambda item: (spec_of(item), item.path))
     return True
 
 

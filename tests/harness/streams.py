@@ -2,7 +2,7 @@
 
     python -m pytest --streams 2
 
-Once tests are collected, pytest forks. Both processes take groups of tests, which are those of one pool or of one file,
+Once tests are collected, pytest forks. Both processes take groups of tests, which are those of one file on one pool,
 from one list: the first from its end and the second from its beginning, until they meet. The second one reports to the
 first, so there is one output, and one end.
 """

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = [pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow"), pytest.mark.time_limit(120)]
+pytestmark = [
+    pytest.mark.ranks(2, launcher=("mpi", "gloo"), soak={"mpi": (2,)}, pool="tensorflow"),
+    pytest.mark.time_limit(120),
+]
 
 
 def test_nothing_goes_through_python_and_steps_are_traced_once(cluster):

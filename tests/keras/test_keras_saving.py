@@ -286,7 +286,7 @@ def assert_callbacks_worked(results: list[dict]) -> None:
     assert first["columns"] == ["adacons_fallbacks", "adacons_spread", "epoch", "loss", "lr"]
 
 
-@pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow")
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"), soak={"mpi": (2,)}, pool="tensorflow")
 def test_callbacks(cluster, tmp_path):
     assert_callbacks_worked(cluster.run(callbacks, str(tmp_path)))
 
@@ -364,7 +364,7 @@ def loaded_on_one_rank(folder: str) -> int:
     return model.optimizer.report.steps
 
 
-@pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow")
+@pytest.mark.ranks(2, launcher=("mpi", "gloo"), soak={"mpi": (2,)}, pool="tensorflow")
 def test_a_model_loaded_on_one_rank(cluster, tmp_path):
     assert cluster.run(loaded_on_one_rank, str(tmp_path)) == [2, 2]
 

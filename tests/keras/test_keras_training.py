@@ -40,9 +40,6 @@ VARIANTS = {
 }
 
 
-#: Those whose way through the binding differs, for one more launcher.
-SOME = ("global_clipnorm", "gradient_accumulation_steps", "backward_passes_per_step", "loss_scale_factor")
-
 #: Of Keras 2 and of its older optimizers, which clip and add up in places of their own.
 OF_KERAS_2 = {
     **{name: VARIANTS[name] for name in ("clipnorm", "global_clipnorm", "moving average", "weight decay")},
@@ -76,11 +73,6 @@ def train(variants: dict) -> list[str]:
 
 def test_optimizer_options(cluster):
     assert cluster.run(train, VARIANTS) == [list(VARIANTS)] * 2
-
-
-@pytest.mark.ranks(2, launcher="gloo", pool="tensorflow")
-def test_optimizer_options_over_gloo(cluster):
-    assert cluster.run(train, {name: VARIANTS[name] for name in SOME}) == [list(SOME)] * 2
 
 
 @pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
@@ -273,6 +265,26 @@ def test_a_rank_that_freezes_alone_is_an_error_everywhere(cluster):
         return type(caught.value).__name__
 
     assert cluster.run(freeze_alone) == ["DisagreementError"] * 2
+
+
+def test_a_rank_that_changes_back_alone_is_an_error_everywhere(cluster):
+    """Every rank knows both sets of parameters, so none of them has anything new to agree on."""
+
+    def change_back() -> str:
+        from keras_job import apply, distributed, keras_and_hvd, network
+
+        keras, hvd = keras_and_hvd()
+        model = network(keras)
+        everything = model.trainable_variables
+        optimizer = distributed(keras, hvd)
+        optimizer.build(everything)
+        for variables in (everything, everything[2:]):
+            apply(keras, model, optimizer.apply, variables)
+        with pytest.raises(Exception, match="no longer train the same parameters") as caught:
+            apply(keras, model, optimizer.apply, everything[2 * (1 - hvd.rank()) :])
+        return type(caught.value).__name__
+
+    assert cluster.run(change_back) == ["DisagreementError"] * 2
 
 
 def disagree(difference: str) -> str:

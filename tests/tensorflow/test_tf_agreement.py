@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = [pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow"), pytest.mark.time_limit(120)]
+pytestmark = [
+    pytest.mark.ranks(2, launcher=("mpi", "gloo"), soak={"mpi": (2,)}, pool="tensorflow"),
+    pytest.mark.time_limit(120),
+]
 
 
 @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
@@ -38,7 +41,6 @@ def test_a_tape_without_an_aggregator_is_an_error_on_every_rank(cluster, in_grap
     assert "; None on rank 1" in first
 
 
-@pytest.mark.ranks(2, launcher=("mpi", "gloo"), soak={"mpi": (2,)}, pool="tensorflow")
 @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
 def test_checkpoints_hold_what_tapes_remember(cluster, tmp_path, in_graph):
     def resume(folder: str, in_graph: bool) -> list[float]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = [pytest.mark.ranks(3, launcher=("mpi", "gloo"), pool="tensorflow"), pytest.mark.time_limit(180)]
+pytestmark = [
+    pytest.mark.ranks(3, launcher=("mpi", "gloo"), soak={"mpi": (3,)}, pool="tensorflow"),
+    pytest.mark.time_limit(180),
+]
 
 
 def errors_of(schedule: str) -> tuple[list[float], str, str]:
