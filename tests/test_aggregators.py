@@ -15,6 +15,7 @@ from oracle import CurvatureOracle, NormalizedMeanOracle, Oracle, error
 
 from adacons_hvd import AdaCons, Aggregator, Curvature, Mean, NormalizedMean, Statistics
 from adacons_hvd.aggregators.adacons import CANCELLATION, resample
+from adacons_hvd.ops import torch as torch_ops
 
 ABLATION = {
     "basic": {"momentum": 0.0, "normalize": False},
@@ -679,3 +680,13 @@ def test_every_bit_of_a_parameter_is_in_its_digest(dtype):
             assert int(digest(tensors)) != before, (place, bit)
             flat[place] ^= 1 << bit
     assert int(digest(tensors)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_rows_come_back_from_a_message_however_few_they_are(dtype):
+    for count in (0, 1, 2):
+        rows, values = 3 * torch.arange(count), torch.randn(count, 5).to(dtype)
+        owners, found, carried = torch_ops.unpack_rows(torch_ops.pack_rows(rows, values, 1, 4), 4)
+        assert owners.tolist() == [1] * count
+        assert torch.equal(found, rows)
+        assert torch.equal(carried, values)

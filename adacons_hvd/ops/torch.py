@@ -577,7 +577,8 @@ def pack_rows(rows: torch.Tensor, values: torch.Tensor, rank: int, workers: int)
 def unpack_rows(packed: torch.Tensor, workers: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Undo :func:`pack_rows`: owners, rows and values."""
     width = torch.int64.itemsize // packed.element_size()
-    keys = packed[:, :width].contiguous().view(torch.int64)[:, 0]
+    # A copy, because a single row counts as contiguous, however long it is, and cannot be read in another type.
+    keys = packed[:, :width].clone(memory_format=torch.contiguous_format).view(torch.int64)[:, 0]
     return keys % workers, keys // workers, packed[:, width:]
 
 
