@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from . import Pending, ready
-from .shared import SharedChannel
+from .shared import SharedChannel, can_spare
 
 __all__ = ["MOST_RANKS", "Channel", "Link", "Meeting", "links_made", "pause", "world_rank"]
 
@@ -176,12 +176,11 @@ class Link:
         if not self.in_memory:
             self.channel(name, tensor)
             return True
-        try:
-            self.channel(name, tensor, buffers)
-        except OSError:
-            made = 0
-        else:
-            made = 1
+        made = 0
+        if can_spare(self.size, tensor, buffers):
+            with contextlib.suppress(OSError):
+                self.channel(name, tensor, buffers)
+                made = 1
         if int(self.sum(torch.tensor([made]), "made")) == self.size:
             return True
         if made:
@@ -289,7 +288,7 @@ class Meeting:
         #: Nothing is awaited, or messages are, or confirmations.
         self._awaited: Channel | None = None
 
-    # Made when they are first needed: what is never used would leave a file behind.
+    # Made when they are first needed: what is never used would keep its file.
 
     @cached_property
     def _messages(self) -> Channel:

@@ -6,7 +6,6 @@ Nothing is sent, so a message that was written can be forgotten at any time.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import platform
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["SharedChannel", "memory_device"]
+__all__ = ["SharedChannel", "can_spare", "memory_device"]
 
 _FOLDER = Path("/dev/shm")
 
@@ -25,9 +24,6 @@ _LINE = 128
 
 # Bytes that must be free for flags and statistics.
 _ENOUGH = 16 << 20
-
-# What takes more bytes leaves half of the folder to others, such as processes that load data.
-_LITTLE = 1 << 20
 
 # Processors of this kind show a rank's writes to others in the order in which they were made.
 _ORDERLY = ("x86_64", "AMD64")
@@ -47,9 +43,18 @@ def memory_device() -> int:
         return -1
 
 
-def _leaves_half(length: int) -> bool:
+def can_spare(size: int, like: torch.Tensor, buffers: int) -> bool:
+    """Whether a channel for such messages leaves half of the folder to others, such as processes that load data.
+
+    Where another rank has made it already, it counts twice.
+    """
     folder = os.statvfs(_FOLDER)
-    return folder.f_bavail * folder.f_frsize - length >= folder.f_blocks * folder.f_frsize // 2
+    left = folder.f_bavail * folder.f_frsize - _length(size, like, buffers)
+    return left >= folder.f_blocks * folder.f_frsize // 2
+
+
+def _length(size: int, like: torch.Tensor, buffers: int) -> int:
+    return size * (_LINE + buffers * like.numel() * like.element_size())
 
 
 class SharedChannel:
@@ -65,12 +70,7 @@ class SharedChannel:
         #: Removes the file, once: when all have opened it, when the channel is dropped, or at the process's end.
         self._remove = weakref.finalize(self, _removed, path, os.getpid())
         self._rank, self._buffers = rank, buffers
-        elements, width = like.numel(), like.element_size()
-        head = size * _LINE
-        length = head + buffers * size * elements * width
-        # Whoever comes later finds it made.
-        if length > _LITTLE and not path.exists() and not _leaves_half(length):
-            raise OSError(errno.ENOSPC, f"{length} bytes are more than {_FOLDER} can spare")
+        head, length = size * _LINE, _length(size, like, buffers)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             # Whoever is first makes it so long; it holds zeros. Memory that is not there shows here, not when it is
@@ -85,7 +85,7 @@ class SharedChannel:
         #: How many messages each rank has sent.
         self._counts = memoryview(memory)[:head].cast("q")[:: _LINE // 8]
         whole = torch.frombuffer(memory, dtype=torch.uint8)[head:].view(like.dtype)
-        self._memory = whole.view(buffers, size, elements)
+        self._memory = whole.view(buffers, size, like.numel())
         self._sent = 0
 
     @property

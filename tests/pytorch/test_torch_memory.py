@@ -97,7 +97,7 @@ def test_all_ranks_do_without_where_one_has_too_little(cluster, schedule):
 
 
 def in_a_full_folder(schedule: str) -> list[str]:
-    """More than a megabyte would leave less than half of the folder."""
+    """Gradients would leave less than half of the folder."""
     import os
 
     from adacons_hvd.collectives import shared
