@@ -55,9 +55,12 @@ def like(values: Iterable[float], reference: torch.Tensor) -> torch.Tensor:
     return _constant(tuple(values), reference.device)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Numbers brought to an accelerator, and kept: the host waits for the copy, and every step needs the same ones."""
+    """Numbers brought to an accelerator, and kept: the host waits for the copy, and every step needs the same ones.
+
+    They are kept for good, because what was recorded goes on reading them where they are.
+    """
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
