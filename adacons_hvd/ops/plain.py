@@ -273,11 +273,6 @@ def in_row(x: Plain, row: int, rows: int) -> Plain:
     return Plain(placed, (*x.shape[:-1], rows, width))
 
 
-def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with a key before its arguments, as it is."""
-    return lambda key, *arguments: function(*arguments)
-
-
 def reshape(x: Plain, shape: Sequence[int]) -> Plain:
     flat = [value for row in x.rows for value in row]
     known = math.prod(side for side in shape if side != -1)

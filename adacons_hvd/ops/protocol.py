@@ -83,13 +83,6 @@ class SmallOps(Protocol):
         """``[..., rows, k]``: zeros, but for ``x``, ``[..., k]``, in one row."""
         ...
 
-    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` with a key before its arguments, its operations repeated by one launch where a device can.
-
-        It must depend on nothing but the key and its arguments, change nothing, and read no number.
-        """
-        ...
-
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor: ...
 
     def transposed(self, x: Tensor) -> Tensor:
@@ -142,6 +135,13 @@ class Ops(SmallOps, Protocol):
         ...
 
     # --- large operations ---
+
+    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` with a key before its arguments, its operations repeated by one launch where a device can.
+
+        It must depend on nothing but the key and its arguments, change nothing, and read no number.
+        """
+        ...
 
     def bound(self, function: Callable[[Tensor], Tensor], argument: Tensor) -> Callable[[], Tensor]:
         """``function`` of this argument, in the form in which it runs in training: as it is."""

@@ -71,11 +71,12 @@ class Step:
         reference = buckets[0].reference
         plain = self._is_plain(reference)
         table, present = self._table(buckets, takes_part, plain)
-        factor = unscale
         if plain:
             memory = {name: as_plain(value) for name, value in memory.items()}
             factor = unscale if isinstance(unscale, float) else as_plain(unscale)
-        decision, statistics = self._decided(table, present, factor, memory)
+            decision, statistics = self._decide(table, present, factor, memory)
+        else:
+            decision, statistics = self._decided(table, present, unscale, memory)
         if decision.news is not None:
             self._tell(decision.news)
         combination = self._combination(decision, statistics.present, unscale, reference)
