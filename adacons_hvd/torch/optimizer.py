@@ -385,6 +385,7 @@ _METHODS = {
 # PyTorch calls these before and after the own step of every optimizer, whichever way it was reached.
 
 
+@torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Refuse the own step of a distributed optimizer unless its gradients were aggregated."""
     reducer: Reducer | None = vars(optimizer).get("_reducer")
@@ -404,6 +405,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     )
 
 
+@torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Refuse the step of another optimizer for parameters whose gradients were not aggregated.
 

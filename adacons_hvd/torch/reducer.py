@@ -128,7 +128,7 @@ class Reducer:
         """Put a hook on every parameter that can have a gradient and has none yet."""
         for parameter in self._parameters():
             if parameter.requires_grad and parameter not in self._hooks:
-                hook = _calling(weakref.WeakMethod(self._added))
+                hook = torch.compiler.disable(_calling(weakref.WeakMethod(self._added)))
                 self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(hook)
 
     def _added(self, parameter: torch.Tensor) -> None:
@@ -171,6 +171,8 @@ class Reducer:
 
     # --- before the optimizer's step ------------------------------------------------------------
 
+    # Where a user's step or training loop is compiled, nothing of this may be: it depends on what other ranks do.
+    @torch.compiler.disable
     @torch.no_grad()
     def synchronize(self, factor: torch.Tensor | float = 1.0, loss: float | None = None) -> float | None:
         """Replace every gradient by the aggregated one; returns the mean of the losses that ranks give.
@@ -204,6 +206,7 @@ class Reducer:
         self.pending = False
         return mean_loss
 
+    @torch.compiler.disable
     @torch.no_grad()
     def stray(self, how: str) -> NoReturn:
         """Tell the other ranks of a step along gradients that were never aggregated, and raise the error on all."""

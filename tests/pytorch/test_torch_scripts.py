@@ -370,10 +370,11 @@ def test_parameters_of_every_kind_are_broadcast_and_so_is_every_optimizers_state
 
 
 def test_a_compiled_step_is_aggregated(cluster):
-    """``torch.compile`` around the optimizer's step, and around a function that takes it."""
+    """``torch.compile`` around the optimizer's step, and around a function that takes it; our part is not compiled."""
 
     def case():
         import torch
+        from torch._dynamo.convert_frame import input_codes
         from torch_job import Batches, assert_equal_bits, loss_of, network
 
         for compile_what in ("step", "function"):
@@ -396,5 +397,8 @@ def test_a_compiled_step_is_aggregated(cluster):
                     step()
             assert optimizer.report.steps == 3
             assert_equal_bits(list(model.parameters()))
+        compiled_files = {code.co_filename for code in (seen() for seen in input_codes.seen) if code is not None}
+        ours = {file.partition("/adacons_hvd/")[2] for file in compiled_files} - {""}
+        assert ours == {"torch/optimizer.py"}, ours
 
     cluster.run(case, timeout=180)
