@@ -47,7 +47,7 @@ class Direct(Protocol):
         ...
 
     def prepare(self, tensor: Tensor, name: str, buffers: int = 2) -> bool:
-        """Whether tensors like this one can be gathered; to be asked once, by all workers in the same order.
+        """Whether tensors like this one can be gathered or summed; to be asked first, by all workers in the same order.
 
         One buffer is enough where all workers have read what they gathered before one of them gathers again.
         """

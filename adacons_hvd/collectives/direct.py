@@ -38,10 +38,13 @@ _LONGEST_SLEEP = 1e-3
 #: From how many ranks on a message to each other one is no longer small.
 MOST_RANKS = 64
 
+# Bytes of all workers' messages together, up to which it pays to send each of them to everyone by MPI.
+_MOST_BYTES = 1 << 20
+
 # How a message is marked: by its link and its channel, of which a link has so many.
 _CHANNELS = 1 << 10
 
-# Channels for what every step sends beside gradients: flags, statistics.
+# Channels for what every step sends beside gradients, such as flags.
 _KEPT_FREE = 8
 
 # MPI's groups of ranks. They live as long as MPI does: making one takes all its ranks, and so would freeing it.
@@ -122,6 +125,8 @@ class Link:
         self.size, self.rank, self.in_memory = size, rank, in_memory
         self._make = make
         self._channels: dict[str, Channel] = {}
+        #: What :meth:`prepare` has answered.
+        self._prepared: dict[str, bool] = {}
         self._watch, self._kinds = watch, set()
         self._numbers = 0
         self._is_dropped = False
@@ -165,15 +170,22 @@ class Link:
         self._kinds = None
 
     def prepare(self, tensor: torch.Tensor, name: str, buffers: int = 2) -> bool:
-        """Make the channel for flat tensors like this one; False if it must take another way, as where there are too
-        many channels, or too little memory on some rank.
+        """Make the channel for flat tensors like this one, unless it is there; False if they must take another way, as
+        where there are too many channels, too little memory on some rank, or by MPI too much to send.
 
         All ranks ask for a link's channels in the same order. With one buffer, what a rank has received is
         overwritten when another one sends anew, so ranks must know in another way that all have read it.
         """
+        if name not in self._prepared:
+            self._prepared[name] = self._prepare(tensor, name, buffers)
+        return self._prepared[name]
+
+    def _prepare(self, tensor: torch.Tensor, name: str, buffers: int) -> bool:
         if len(self._channels) >= _CHANNELS - _KEPT_FREE:
             return False
         if not self.in_memory:
+            if self.size * tensor.numel() * tensor.element_size() > _MOST_BYTES:
+                return False
             self.channel(name, tensor)
             return True
         made = 0
@@ -184,12 +196,13 @@ class Link:
         if int(self.sum(torch.tensor([made]), "made")) == self.size:
             return True
         if made:
-            self.forget(name)
+            self._channels.pop(name).drop()
         return False
 
     def forget(self, name: str) -> None:
         """Make no more use of a channel, on all ranks, once its messages have arrived."""
         self._channels.pop(name).drop()
+        del self._prepared[name]
 
     def channel(self, name: str, like: torch.Tensor, buffers: int = 2) -> Channel:
         """The channel of that name, made when it is asked for first."""

@@ -54,7 +54,15 @@ def can_spare(size: int, like: torch.Tensor, buffers: int) -> bool:
 
 
 def _length(size: int, like: torch.Tensor, buffers: int) -> int:
-    return size * (_LINE + buffers * like.numel() * like.element_size())
+    return size * _LINE + buffers * _buffer(size, like)
+
+
+def _buffer(size: int, like: torch.Tensor) -> int:
+    """The bytes of a buffer, with as many as it takes for the next one to begin where a line does.
+
+    In what order numbers are added depends on where they lie, and in every step it must be the same.
+    """
+    return -(-size * like.numel() * like.element_size() // _LINE) * _LINE
 
 
 class SharedChannel:
@@ -84,8 +92,9 @@ class SharedChannel:
             os.close(file)
         #: How many messages each rank has sent.
         self._counts = memoryview(memory)[:head].cast("q")[:: _LINE // 8]
-        whole = torch.frombuffer(memory, dtype=torch.uint8)[head:].view(like.dtype)
-        self._memory = whole.view(buffers, size, like.numel())
+        whole = torch.frombuffer(memory, dtype=torch.uint8)[head:].view(buffers, _buffer(size, like))
+        rows = whole[:, : size * like.numel() * like.element_size()].view(like.dtype)
+        self._memory = rows.view(buffers, size, like.numel())
         self._sent = 0
 
     @property

@@ -37,11 +37,12 @@ class Gather(Schedule):
     sees_all = True
 
     def transfer(self, bucket: DenseBucket) -> Transfer:
-        direct, little = self.collectives.direct, _is_little(bucket.bytes, self.collectives.size)
+        direct = self.collectives.direct
         # With a history, a mean takes the place of a row, which others may be reading in shared memory.
-        fits = direct is not None and (not self.history if direct.in_memory else little)
-        if direct is not None and fits and direct.prepare(bucket.buffer, _rows(bucket)):
+        usable = direct is not None and not (direct.in_memory and self.history)
+        if direct is not None and usable and direct.prepare(bucket.buffer, _rows(bucket)):
             return _DirectTransfer(self, direct)
+        little = _is_little(bucket.bytes, self.collectives.size)
         return _SummedTransfer(self) if little and self.collectives.may_begin_with_sums else _GatherTransfer(self)
 
     def kept(self, length: int) -> tuple[int, int]:

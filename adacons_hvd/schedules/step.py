@@ -209,10 +209,10 @@ class Step:
         message = ops.concat([ops.reshape(table, (-1,)), ops.reshape(ops.in_row(here, rank, workers), (-1,))])
         message = ops_for(reference).beside(message, reference)
         direct, name = self.collectives.direct, f"{self.name}.table"
-        if direct is None:
-            message = self.collectives.allreduce(message, name, out=message).wait()
-        else:
+        if direct is not None and direct.prepare(message, name):
             message = direct.sum(message, name)
+        else:
+            message = self.collectives.allreduce(message, name, out=message).wait()
         table = ops.reshape(read(message[:-workers]), (self.groups, workers, width))
         present = ops.zeros((self.groups, workers), table) + read(message[-workers:]) > 0
         return table, present
