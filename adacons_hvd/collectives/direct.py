@@ -199,10 +199,11 @@ class Link:
             self._channels.pop(name).drop()
         return False
 
-    def forget(self, name: str) -> None:
-        """Make no more use of a channel, on all ranks, once its messages have arrived."""
-        self._channels.pop(name).drop()
-        del self._prepared[name]
+    def forget(self, prefix: str) -> None:
+        """Make no more use of channels whose names begin so, on all ranks, once their messages have arrived."""
+        for name in [name for name in self._channels if name.startswith(prefix)]:
+            self._channels.pop(name).drop()
+        self._prepared = {name: answer for name, answer in self._prepared.items() if not name.startswith(prefix)}
 
     def channel(self, name: str, like: torch.Tensor, buffers: int = 2) -> Channel:
         """The channel of that name, made when it is asked for first."""
