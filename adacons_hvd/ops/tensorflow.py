@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from . import TURN
+from . import TURN, tensorflow_graphs
 from .plain import Plain
 from .protocol import Tensor
 
@@ -196,8 +196,8 @@ def solve(matrix: tf.Tensor, right: tf.Tensor, ridge: tf.Tensor) -> tf.Tensor:
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with a key before its arguments: it is a part of a graph as it is."""
-    return lambda key, *arguments: function(*arguments)
+    """``function`` with a key before its arguments, its graph made once for all graphs that it is a part of."""
+    return tensorflow_graphs.recorded(function)
 
 
 def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
