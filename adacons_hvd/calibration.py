@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from .ops import Tensor, ops_for
 from .schedules import SCHEDULES, DenseBucket, Segment, Step
 from .schedules.base import Done
 
-__all__ = ["measured_rates"]
+__all__ = ["assumed_rates", "measured_rates", "python_seconds", "slowest"]
 
 #: Bytes of the messages: the first two, and more up to one as large as the gradient. What is larger
 #: takes longer in proportion; the largest does not fit into a processor's cache beside what it
@@ -64,7 +63,8 @@ def measured_rates(collectives: Collectives, hosts: Sequence[str], size: float, 
     way = "" if direct is None else "by memory" if direct.in_memory else "by messages"
     place = (collectives.kind, way, str(reference.device), *hosts, str(len(sizes)))
     # In an elastic job a new worker may stand where another was, and know nothing.
-    if not all(known for (known,) in calibration.gather([float(place in _known)], "known")):
+    (unknown,) = slowest(collectives, [float(place not in _known)], reference, f"{name}.known")
+    if unknown:
         _known[place] = calibration.rates(len(set(hosts)))
     return _known[place]
 
@@ -94,17 +94,11 @@ class _Calibration:
         self.name = name
         self.ops = ops_for(reference)
 
-    def gather(self, values: Sequence[float], what: str) -> list[list[float]]:
-        """Every worker's values."""
-        flat = self._call(lambda x: self._allgather(x, what), self.ops.like(values, self.reference))()
-        return [flat[worker * len(values) :][: len(values)] for worker in range(self.collectives.size)]
-
     def rates(self, hosts: int) -> Rates:
         n = self.collectives.size
         where = f"{n} workers on {hosts} host{'s' if hosts > 1 else ''}, measured"
         seconds = [self._looking(), self._combining(), self._own(), self._step()]
-        # The slowest decides how long a step takes.
-        look, combine, own, step = (max(values) for values in zip(*self.gather(seconds, "arithmetic"), strict=True))
+        look, combine, own, step = slowest(self.collectives, seconds, self.reference, f"{self.name}.arithmetic")
         curve, direct = self._curve, self._direct()
         if direct is not None:
             step += 2 * direct(0.0)  # flags, and their confirmation
@@ -126,9 +120,6 @@ class _Calibration:
 
     # --- collectives ----------------------------------------------------------------------------
 
-    def _allgather(self, tensor: Tensor, what: str) -> Tensor:
-        return self.collectives.allgather(tensor, f"{self.name}.{what}").wait()
-
     def _curve(self, kind: str) -> Curve:
         """Seconds by bytes; of one worker's message, or of the whole result of an allgather."""
         ops, n = self.ops, self.collectives.size
@@ -147,7 +138,7 @@ class _Calibration:
                 "alltoall": self.collectives.alltoall,
                 "allgather": self.collectives.allgather,
             }[kind]
-            once = self._call(functools.partial(self._first, operation, label, room), message)
+            once = _done(functools.partial(self._first, operation, label, room), message)
             seconds = self._slowest(_time(once, 1), f"{label}.seconds")
             again = _REPEATS if seconds < _LONG else 1
             seconds = min(seconds, self._slowest(_time(once, again), f"{label}.seconds"))
@@ -166,7 +157,7 @@ class _Calibration:
             message = self.ops.gradient(self.ops.zeros((size // 4,), self.reference))
             if not direct.prepare(message, name):
                 break
-            once = self._call(functools.partial(self._gathered, name), message)
+            once = _done(functools.partial(self._gathered, name), message)
             once()
             points.append((float(size), self._slowest(self._cold(once), f"direct.{size}.seconds")))
             direct.forget(name)
@@ -177,7 +168,7 @@ class _Calibration:
         return self.collectives.direct.gather(message, name).wait()[:1]
 
     def _slowest(self, seconds: float, what: str) -> float:
-        return max(value for (value,) in self.gather([seconds], what))
+        return slowest(self.collectives, [seconds], self.reference, f"{self.name}.{what}")[0]
 
     def _first(self, operation: Callable[..., Pending], label: str, room: Tensor | None, message: Tensor) -> Tensor:
         return operation(message, f"{self.name}.{label}", out=room).wait()[:1]
@@ -185,31 +176,22 @@ class _Calibration:
     # --- arithmetic -----------------------------------------------------------------------------
 
     def _step(self) -> float:
-        """Seconds that Python takes for a step of next to nothing, without its messages.
-
-        Nothing where Python goes ahead of a device, or has only made a graph.
-        """
-        n, ops = self.collectives.size, self.ops
-        if not ops.on_host(self.reference):
+        """Seconds that Python takes for a step; nothing where it goes ahead of a device, or has only made a graph."""
+        if not self.ops.on_host(self.reference):
             return 0.0
-        silent: Any = _Silent(n)
-        flat = ops.gradient(ops.zeros((n,), self.reference) + 1)
-        bucket = DenseBucket(self.name, flat, [Segment(0, n, 0)], SCHEDULES["gather"](silent))
-        step = Step(silent, AdaCons(), 1, self.name)
-        decision, _ = step.run([bucket], {})
-        return _BINDING * self._cold(lambda: step.run([bucket], decision.memory))
+        return _BINDING * python_seconds(self.collectives.size, self.reference, between=self._flush)
 
     def _matrix(self) -> Tensor:
         n = self.collectives.size
         return self.ops.gradient(self.ops.zeros((n, self.elements // n), self.reference) + 1)
 
     def _looking(self) -> float:
-        return self._cold(self._call(self.ops.consensus, self._matrix())) / (4 * self.elements)
+        return self._cold(_done(self.ops.consensus, self._matrix())) / (4 * self.elements)
 
     def _combining(self) -> float:
         n, ops = self.collectives.size, self.ops
         weights = ops.like([1.0] * n, self.reference)
-        return self._cold(self._call(lambda rows: ops.combine(weights, rows)[:1], self._matrix())) / (4 * self.elements)
+        return self._cold(_done(lambda rows: ops.combine(weights, rows)[:1], self._matrix())) / (4 * self.elements)
 
     def _own(self) -> float:
         ops = self.ops
@@ -221,26 +203,38 @@ class _Calibration:
             moments = ops.moments(flat, mean)
             return moments[:1] + ops.wide(ops.scale_segments(flat, [(0, self.elements, one)])[:1])
 
-        return self._cold(self._call(look_and_scale, ops.zeros_like(mean))) / (4 * self.elements)
+        return self._cold(_done(look_and_scale, ops.zeros_like(mean))) / (4 * self.elements)
 
     def _cold(self, once: Callable[[], object]) -> float:
-        """The median of some, each after the processor's cache has seen other things."""
-        times = []
-        for _ in range(_REPEATS):
-            self._flush()
-            times.append(_time(once, 1))
-        return statistics.median(times)
+        """The shortest of some, each after the processor's cache has seen other things."""
+        return _time(once, between=self._flush)
 
     @functools.cached_property
     def _flush(self) -> Callable[[], object]:
         ops = self.ops
         other = ops.gradient(ops.zeros((_FLUSHED // 4,), self.reference))
-        return self._call(lambda x: ops.reshape(ops.square(x), (1,)), other)
+        return _done(lambda x: ops.reshape(ops.square(x), (1,)), other)
 
-    def _call(self, operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[], list[float]]:
-        """A function that does it, and has done it when it returns."""
-        bound = self.ops.bound(operation, tensor)
-        return lambda: self.ops.to_list(bound())
+
+def slowest(collectives: Collectives, values: Sequence[float], reference: Tensor, name: str) -> list[float]:
+    """The largest of every worker's values, for each of them: the slowest decides how long a step takes."""
+
+    def gather(own: Tensor) -> Tensor:
+        return collectives.allgather(own, name).wait()
+
+    everyones = _done(gather, ops_for(reference).like(values, reference))()
+    return [max(everyones[place :: len(values)]) for place in range(len(values))]
+
+
+def python_seconds(workers: int, reference: Tensor, between: Callable[[], object] = bool) -> float:
+    """Seconds that Python takes for a step of next to nothing on the host, without its messages."""
+    ops = ops_for(reference)
+    silent: Any = _Silent(workers)
+    flat = ops.gradient(ops.zeros((workers,), reference) + 1)
+    bucket = DenseBucket("silent", flat, [Segment(0, workers, 0)], SCHEDULES["gather"](silent))
+    step = Step(silent, AdaCons(), 1, "silent")
+    memory = step.run([bucket], {})[0].memory
+    return _time(lambda: step.run([bucket], memory), between=between)
 
 
 class _Silent:
@@ -255,10 +249,18 @@ class _Silent:
         return Done(ops_for(tensor).concat([tensor] * self.size))
 
 
-def _time(once: Callable[[], object], repeats: int = _REPEATS) -> float:
-    """The shortest of some."""
+def _done(operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[], list[float]]:
+    """A function that does it, and has done it when it returns."""
+    ops = ops_for(tensor)
+    bound = ops.bound(operation, tensor)
+    return lambda: ops.to_list(bound())
+
+
+def _time(once: Callable[[], object], repeats: int = _REPEATS, between: Callable[[], object] = bool) -> float:
+    """The shortest of some; something else is done before each."""
     best = float("inf")
     for _ in range(repeats):
+        between()
         start = time.perf_counter()
         once()
         best = min(best, time.perf_counter() - start)

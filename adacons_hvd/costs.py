@@ -154,6 +154,25 @@ class Choice:
     #: The ranks of each host, where hosts are the workers.
     hosts: Sequence[Sequence[int]] = ()
 
+    def after_trial(self, seconds: Mapping[str, float], may_change: bool = True) -> Choice:
+        """The choice once schedules have been tried out: another one only if that took half the time.
+
+        So that noise does not choose.
+
+        >>> choice = Choice("gather", "auto: for 0.04 MB", {"gather": 0.001, "one-pass": 0.002})
+        >>> choice.after_trial({"gather": 0.003, "one-pass": 0.002}).schedule
+        'gather'
+        >>> choice.after_trial({"gather": 0.005, "one-pass": 0.002}).reason
+        'auto: for 0.04 MB, one-pass takes 2 ms by a trial (gather 5 ms)'
+        >>> choice.after_trial({"gather": 0.005, "one-pass": 0.002}, may_change=False).schedule
+        'gather'
+        """
+        best = min(seconds, key=lambda name: seconds[name])
+        changes = may_change and seconds[best] < seconds[self.schedule] / 2
+        chosen = best if changes else self.schedule
+        what = self.reason.partition(", " + self.schedule)[0]
+        return Choice(chosen, f"{what}, {_compared(seconds, chosen, 'takes', ' by a trial')}", seconds)
+
 
 def predict(
     schedule: str, rates: Rates, size: float, bucket: float = float("inf"), *, gramian: bool = False, history: int = 0
@@ -203,7 +222,11 @@ def choose(
     names = [name for name, cls in SCHEDULES.items() if (cls.exact or approximate) and (cls.sees_all or not needs)]
     costs = {name: predict(name, rates, size, bucket, gramian=gramian, history=history) for name in names}
     best = min(costs, key=lambda name: costs[name])
-    others = ", ".join(f"{name} {costs[name] * 1e3:.3g} ms" for name in costs if name != best)
-    mode = "fast" if approximate else "auto"
-    what = f"{size / 1e6:.3g} MB and {rates.source}"
-    return Choice(best, f"{mode}: for {what}, {best} should take {costs[best] * 1e3:.3g} ms ({others})", costs)
+    what = f"{'fast' if approximate else 'auto'}: for {size / 1e6:.3g} MB and {rates.source}"
+    return Choice(best, f"{what}, {_compared(costs, best, 'should take')}", costs)
+
+
+def _compared(seconds: Mapping[str, float], chosen: str, takes: str, how: str = "") -> str:
+    """How long the chosen one takes, and the others, in words."""
+    others = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in seconds if name != chosen)
+    return f"{chosen} {takes} {seconds[chosen] * 1e3:.3g} ms{how} ({others})"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from oracle import CurvatureOracle, NormalizedMeanOracle, Oracle, error
 
 from adacons_hvd import AdaCons, Aggregator, Curvature, Mean, NormalizedMean, Statistics
 from adacons_hvd.aggregators.adacons import CANCELLATION, resample
+from adacons_hvd.insight import MovingAverages
 from adacons_hvd.ops import torch as torch_ops
 
 ABLATION = {
@@ -366,6 +369,41 @@ def test_the_momentum_stays_finite_whatever_comes():
             g[step % 5] *= [1e30, math.inf, math.nan, 1e-30, 0.0][step % 5]
         aggregator(g)
         assert torch.isfinite(aggregator._memory["curve"]).all()
+
+
+def test_an_identity_is_equal_for_equal_settings_and_no_others():
+    aggregator = AdaCons()
+    before = aggregator.identity
+    assert before == AdaCons().identity
+    aggregator.scale = "average"
+    assert before != aggregator.identity == AdaCons(scale="average").identity
+    assert MovingAverages(AdaCons()).identity == MovingAverages(AdaCons()).identity != AdaCons().identity
+
+
+def test_an_identity_tells_classes_of_one_name_apart_also_of_aggregators_inside():
+    def defined_again():
+        class Mine(Mean):
+            pass
+
+        return Mine()
+
+    assert repr(defined_again()) == repr(defined_again())
+    assert defined_again().identity != defined_again().identity
+    assert MovingAverages(defined_again()).identity != MovingAverages(defined_again()).identity
+
+
+def test_an_identity_keeps_functions_so_that_no_other_takes_the_address_that_the_repr_shows():
+    class Weighed(Mean):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+    weighed = Weighed(lambda x: x)
+    identity, function = weighed.identity, weakref.ref(weighed.function)
+    del weighed
+    gc.collect()
+    assert function() is not None
+    assert identity != Weighed(lambda x: x).identity
 
 
 # --- the mean gradients of earlier steps ----------------------------------------------------------

@@ -8,7 +8,7 @@ accelerator without waiting for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -151,7 +151,7 @@ class Aggregator:
 
     #: Set to True, in the very class that has the mathematics, if what it decides depends on nothing but its arguments
     #: and the settings in its ``repr``, and if it reads no number and changes nothing. On a GPU the operations of a
-    #: decision are then recorded once and repeated by one launch.
+    #: decision are then recorded once and repeated by one launch, and TensorFlow makes their graph once for all models.
     pure: ClassVar[bool] = False
 
     #: How many steps' mean gradients the aggregator wants to be kept for it, sharded over the workers. It then finds
@@ -211,6 +211,16 @@ class Aggregator:
     def is_pure(self) -> bool:
         """Whether this very class says that it is."""
         return bool(vars(type(self)).get("pure", False))
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for aggregators that decide alike, if they are pure: the class and the settings, also of those inside.
+
+        Functions are in it besides their addresses in the ``repr``, which could be those of others later.
+        """
+        callables = [value for value in vars(self).values() if callable(value)]
+        inside = tuple(value.identity if isinstance(value, Aggregator) else value for value in callables)
+        return type(self), repr(self), inside
 
     # --- what every aggregator shares -----------------------------------------------------------
 

@@ -57,8 +57,12 @@ class Direct(Protocol):
         """Everyone's flat tensor, concatenated in rank order; without ``out``, until this worker gathers anew."""
         ...
 
-    def forget(self, name: str) -> None:
-        """Give back what gathering by that name takes."""
+    def gather_rows(self, rows: Tensor, name: str, otherwise: Callable[[Tensor, str], Pending]) -> Pending:
+        """Everyone's rows, concatenated in rank order; ``otherwise`` gathers them where this way cannot."""
+        ...
+
+    def forget(self, prefix: str) -> None:
+        """Give back what gathering by names that begin so takes."""
         ...
 
     def own(self, name: str) -> Tensor:

@@ -44,6 +44,9 @@ _MOST_BYTES = 1 << 20
 # How a message is marked: by its link and its channel, of which a link has so many.
 _CHANNELS = 1 << 10
 
+# Bytes of the length before rows.
+_LENGTH = 8
+
 # Channels for what every step sends beside gradients, such as flags.
 _KEPT_FREE = 8
 
@@ -127,6 +130,8 @@ class Link:
         self._channels: dict[str, Channel] = {}
         #: What :meth:`prepare` has answered.
         self._prepared: dict[str, bool] = {}
+        #: For how many bytes of rows from each rank there is room, by name.
+        self._rooms: dict[str, int] = {}
         self._watch, self._kinds = watch, set()
         self._numbers = 0
         self._is_dropped = False
@@ -199,10 +204,11 @@ class Link:
             self._channels.pop(name).drop()
         return False
 
-    def forget(self, name: str) -> None:
-        """Make no more use of a channel, on all ranks, once its messages have arrived."""
-        self._channels.pop(name).drop()
-        del self._prepared[name]
+    def forget(self, prefix: str) -> None:
+        """Make no more use of channels whose names begin so, on all ranks, once their messages have arrived."""
+        for name in [name for name in self._channels if name.startswith(prefix)]:
+            self._channels.pop(name).drop()
+        self._prepared = {name: answer for name, answer in self._prepared.items() if not name.startswith(prefix)}
 
     def channel(self, name: str, like: torch.Tensor, buffers: int = 2) -> Channel:
         """The channel of that name, made when it is asked for first."""
@@ -272,6 +278,50 @@ class Link:
             return everything if out is None else out.copy_(everything)
 
         return ready(finish, channel.arrived)
+
+    def gather_rows(self, rows: torch.Tensor, name: str, otherwise: Callable[[torch.Tensor, str], Pending]) -> Pending:
+        """Everyone's rows in rank order, however many each has; by ``otherwise`` while there is no room for them.
+
+        How much room it takes is known once they have all been seen. A message begins with its length, so all ranks
+        know when that of one did not fit.
+        """
+        if self._is_dropped:
+            return ready(lambda: rows)
+        room = self._rooms.get(name, 0)
+        if not room:
+            pending = otherwise(rows, name)
+            return ready(lambda: self._with_room_for(pending.wait(), name))
+        data, in_step = rows.reshape(-1).view(torch.uint8), self._kinds is not None
+        channel = self._room(name, room)
+        self.wait(channel)  # the message before it, which all ranks have sent
+        channel.own[:_LENGTH].view(torch.int64)[0] = len(data)
+        if len(data) <= room:
+            channel.own[_LENGTH : _LENGTH + len(data)] = data
+        channel.start()
+
+        def finish() -> torch.Tensor:
+            if in_step:
+                self._watch_for(_rows(name, room))
+            messages = self.wait(channel)
+            lengths = messages[:, :_LENGTH].contiguous().view(torch.int64)[:, 0].tolist()
+            if max(lengths) > room:
+                self.forget(_rows(name, room))
+                return self._with_room_for(otherwise(rows, name).wait(), name)
+            parts = [message[_LENGTH : _LENGTH + n] for message, n in zip(messages, lengths, strict=True)]
+            return torch.cat(parts).view(rows.dtype).view(-1, *rows.shape[1:])
+
+        return ready(finish, channel.arrived)
+
+    def _room(self, name: str, room: int) -> Channel:
+        return self.channel(_rows(name, room), torch.empty(_LENGTH + room, dtype=torch.uint8))
+
+    def _with_room_for(self, everything: torch.Tensor, name: str) -> torch.Tensor:
+        """Everyone's rows, once there is room for as much from each rank as has now come from all, if memory allows."""
+        if self.in_memory:
+            room = 1 << max(10, (everything.numel() * everything.element_size() - 1).bit_length())
+            like = torch.empty(_LENGTH + room, dtype=torch.uint8)
+            self._rooms[name] = room if self.prepare(like, _rows(name, room)) else 0
+        return everything
 
     def own(self, name: str) -> torch.Tensor:
         """Where what this rank is to :meth:`gather` next by that name may be written, to save a copy."""
@@ -372,6 +422,11 @@ class MessageChannel:
     def drop(self) -> None:
         self._finalizer()
         self._under_way = False
+
+
+def _rows(name: str, room: int) -> str:
+    """The name of the channel for rows, of which each rank may send so many bytes."""
+    return f"{name}.{room}.rows"
 
 
 def _free(receive: Sequence[Any], send: Sequence[Any], process: int) -> None:

@@ -59,7 +59,9 @@ class HorovodTensorFlow:
         """
         if not tensor.shape.rank:
             return tensor
-        begin = tf.pad(self._zero.read_value(), [[0, tensor.shape.rank - 1]])
+        begin = self._zero.read_value()
+        if tensor.shape.rank > 1:
+            begin = tf.pad(begin, [[0, tensor.shape.rank - 1]])
         size = [-1 if side is None else side for side in tensor.shape]
         return tf.ensure_shape(tf.slice(tensor, begin, size), tensor.shape)
 

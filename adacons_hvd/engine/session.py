@@ -20,6 +20,7 @@ from ..costs import Choice, Network, Rates, choose
 from ..ops import Tensor
 from ..schedules import SCHEDULES
 from .settings import Settings
+from .trials import is_short, trial
 
 __all__ = [
     "ONLY_SUMS",
@@ -202,10 +203,18 @@ def choose_schedule(
         return Choice(wanted, "asked for")
     workers, per_host = collectives.size, max(Counter(hosts).values())
     approximate = wanted == "fast"
+    measured = False
     if isinstance(wanted, Network):
         rates, approximate = Rates.of(wanted, workers, per_host), wanted.approximate
     elif workers == 1 or (per_host == workers and size < MEASURED_FROM):
         rates = assumed_rates(collectives, per_host, reference)
     else:
-        rates = measured_rates(collectives, hosts, size, reference, f"{name}.calibration")
-    return choose(rates, size, settings.bucket_bytes, aggregator=aggregator, approximate=approximate)
+        rates, measured = measured_rates(collectives, hosts, size, reference, f"{name}.calibration"), True
+    bucket = settings.bucket_bytes
+    choice = choose(rates, size, bucket, aggregator=aggregator, approximate=approximate)
+    simple = not (isinstance(wanted, Network) or aggregator.needs)
+    if not (simple and is_short(choice.expected, workers, size, bucket, reference)):
+        return choice
+    seconds = trial(choice.expected, collectives, size, bucket, reference, f"{name}.trial")
+    # What is chosen for little on one host depends on nothing that differs from run to run.
+    return choice.after_trial(seconds, may_change=measured)

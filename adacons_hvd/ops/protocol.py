@@ -137,9 +137,10 @@ class Ops(SmallOps, Protocol):
     # --- large operations ---
 
     def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` with a key before its arguments, its operations repeated by one launch where a device can.
+        """``function`` with a key before its arguments, its operations recorded once, where that is faster.
 
-        It must depend on nothing but the key and its arguments, change nothing, and read no number.
+        It must depend on nothing but its arguments and what the key tells, change nothing, and read no number. In the
+        whole process the key says which function it is, too.
         """
         ...
 

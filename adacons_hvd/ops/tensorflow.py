@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from . import TURN
+from . import TURN, tensorflow_graphs
 from .plain import Plain
 from .protocol import Tensor
 
@@ -161,7 +161,7 @@ def concat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
 
 def in_row(x: tf.Tensor, row: int, rows: int) -> tf.Tensor:
     """``[..., rows, k]``: zeros, but for ``x``, ``[..., k]``, in one row."""
-    return tf.pad(x[..., None, :], [[0, 0]] * (x.shape.rank - 1) + [[row, rows - 1 - row], [0, 0]])
+    return tf.pad(tf.expand_dims(x, -2), [[0, 0]] * (x.shape.rank - 1) + [[row, rows - 1 - row], [0, 0]])
 
 
 def join(tensors: Sequence[tf.Tensor], axis: int) -> tf.Tensor:
@@ -196,8 +196,8 @@ def solve(matrix: tf.Tensor, right: tf.Tensor, ridge: tf.Tensor) -> tf.Tensor:
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with a key before its arguments: it is a part of a graph as it is."""
-    return lambda key, *arguments: function(*arguments)
+    """``function`` with a key before its arguments, its graph made once for all graphs that it is a part of."""
+    return tensorflow_graphs.recorded(function)
 
 
 def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
@@ -540,11 +540,11 @@ def digest(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
     The sum of their bits, eight bytes at a time. Integers are added, so the order in which a device adds makes no
     difference: equal tensors have equal digests whatever processors hold them. Each tensor is read where it is.
     """
-    total = tf.constant(0, tf.int64)
+    sums = []
     for tensor in tensors:
         with tf.device(tensor.device):
-            total += _sum_of_words(tf.reshape(tensor, (-1,)))
-    return total
+            sums.append(_sum_of_words(tf.reshape(tensor, (-1,))))
+    return add_n(sums) if sums else tf.constant(0, tf.int64)
 
 
 def _sum_of_words(flat: tf.Tensor) -> tf.Tensor:
@@ -555,8 +555,9 @@ def _sum_of_words(flat: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(tf.bitcast(flat, tf.int64))
     together = 8 // size
     whole = flat.shape[0] // together * together
-    total = tf.reduce_sum(tf.bitcast(tf.reshape(flat[:whole], (-1, together)), tf.int64))
-    if whole < flat.shape[0]:
+    rest = flat.shape[0] - whole
+    total = tf.reduce_sum(tf.bitcast(tf.reshape(flat[:whole] if rest else flat, (-1, together)), tf.int64))
+    if rest:
         total += tf.reduce_sum(tf.cast(tf.bitcast(flat[whole:], tf.uint8), tf.int64))
     return total
 

@@ -287,7 +287,11 @@ def _blocks(length: int, rows: int, device: torch.device) -> list[slice]:
 
 def _working(x: torch.Tensor) -> torch.Tensor:
     """``x`` in the precision arithmetic is done in: float32, or float64 if it came so."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x if x.dtype in _EXACT_TYPES else x.float()
+
+
+# The precisions arithmetic is done in.
+_EXACT_TYPES = (torch.float32, torch.float64)
 
 
 # What kernels take; other element types are rare on a GPU.
@@ -410,6 +414,9 @@ def combine(weights: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None 
     result = rows.new_empty(rows.shape[1]) if out is None else out
     if _has_kernels(rows, result, beside=weights):
         return torch_cuda.combine(weights, rows, result)
+    apart = result.untyped_storage().data_ptr() != rows.untyped_storage().data_ptr()
+    if apart and rows.dtype == result.dtype and rows.dtype in _EXACT_TYPES:
+        return torch.mv(rows.T, weights.to(rows.dtype), out=result)
     for block in _blocks(rows.shape[1], rows.shape[0], rows.device):
         part = _working(rows[:, block])
         result[block] = torch.mv(part.T, weights.to(part.dtype))

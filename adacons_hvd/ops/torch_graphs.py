@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+
+from .structures import described, rebuilt, tensors_in
 
 __all__ = ["Recorded"]
 
@@ -31,12 +32,12 @@ class Recorded:
         self._graph: _Graph | None = None
 
     def __call__(self, key: Hashable, *arguments: Any) -> Any:
-        tensors = list(_tensors(arguments))
+        tensors = list(tensors_in(arguments, torch.Tensor))
         if not _can_record(tensors):
             return self._function(*arguments)
-        described = key, _described(arguments)
-        if described != self._last:
-            self._last, self._graph = described, None
+        alike = key, described(arguments, torch.Tensor, _description)
+        if alike != self._last:
+            self._last, self._graph = alike, None
             return self._function(*arguments)
         if self._graph is None:
             self._graph = _Graph(self._function, arguments, tensors)
@@ -55,7 +56,7 @@ class _Graph:
 
     def __init__(self, function: Callable[..., Any], arguments: Any, tensors: list[torch.Tensor]) -> None:
         self._arguments = [tensor.clone() for tensor in tensors]
-        inside = _rebuilt(arguments, iter(self._arguments))
+        inside = rebuilt(arguments, torch.Tensor, iter(self._arguments))
         here = torch.cuda.current_stream(tensors[0].device)
         aside = torch.cuda.Stream(tensors[0].device)
         aside.wait_stream(here)
@@ -67,7 +68,7 @@ class _Graph:
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self._shape = function(*inside)
-                self._results = list(_tensors(self._shape))
+                self._results = list(tensors_in(self._shape, torch.Tensor))
                 self._flat = {kind: torch.cat(some) for kind, some in _by_type(self._results).items()}
             finally:
                 self._graph.capture_end()
@@ -80,7 +81,7 @@ class _Graph:
             torch._foreach_copy_(targets, new[kind])
         self._graph.replay()
         found = {kind: iter(_split(flat.clone(), self._results)) for kind, flat in self._flat.items()}
-        return _rebuilt(self._shape, (next(found[tensor.dtype]) for tensor in self._results))
+        return rebuilt(self._shape, torch.Tensor, (next(found[tensor.dtype]) for tensor in self._results))
 
 
 def _by_type(tensors: list[torch.Tensor], flat: bool = True) -> dict[torch.dtype, list[torch.Tensor]]:
@@ -97,47 +98,5 @@ def _split(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-# --- what holds tensors -----------------------------------------------------------------------------------------------
-
-
-def _parts(value: Any) -> list[Any] | None:
-    """What is in a dictionary, a tuple or a dataclass; None of anything else."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, tuple):
-        return list(value)
-    if is_dataclass(value):
-        return [getattr(value, field.name) for field in fields(value)]
-    return None
-
-
-def _tensors(value: Any) -> Any:
-    """The tensors in a value, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    for part in _parts(value) or ():
-        yield from _tensors(part)
-
-
-def _rebuilt(value: Any, tensors: Any) -> Any:
-    """The value with these tensors in the place of its own."""
-    if isinstance(value, torch.Tensor):
-        return next(tensors)
-    parts = _parts(value)
-    if parts is None:
-        return value
-    parts = [_rebuilt(part, tensors) for part in parts]
-    if isinstance(value, dict):
-        return dict(zip(value, parts, strict=True))
-    return tuple(parts) if isinstance(value, tuple) else type(value)(*parts)
-
-
-def _described(value: Any) -> Hashable:
-    """All of a value but the numbers in its tensors."""
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype, value.device
-    parts = _parts(value)
-    if parts is None:
-        return value if isinstance(value, Hashable) else id(value)
-    names = tuple(value) if isinstance(value, dict) else ()
-    return type(value), names, tuple(map(_described, parts))
+def _description(tensor: torch.Tensor) -> Hashable:
+    return tensor.shape, tensor.dtype, tensor.device

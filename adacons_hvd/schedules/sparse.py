@@ -40,7 +40,8 @@ class SparseBucket(Bucket):
 
     def begin(self) -> None:
         packed = ops_for(self.rows).pack_rows(self.rows, self.values, self.collectives.rank, self.collectives.size)
-        self._pending = self.collectives.allgather_rows(packed, self.name)
+        direct, gather = self.collectives.direct, self.collectives.allgather_rows
+        self._pending = gather(packed, self.name) if direct is None else direct.gather_rows(packed, self.name, gather)
         self.begun = True
 
     def abandon(self) -> None:

@@ -90,13 +90,13 @@ class Step:
     def _decided(
         self, table: Tensor, present: Tensor, unscale: Tensor | float, memory: Memory
     ) -> tuple[Decision, Statistics]:
-        """Decide; on an accelerator by one launch, where the aggregator allows it."""
+        """Decide by operations that were recorded, where the aggregator allows it and the framework can."""
         aggregator = self.aggregator
         if not aggregator.is_pure or aggregator.nonfinite == "raise":
             return self._decide(table, present, unscale, memory)
         if self._recorded is None:
             self._recorded = ops_for(table).recorded(self._decide)
-        found: tuple[Decision, Statistics] = self._recorded(repr(aggregator), table, present, unscale, memory)
+        found: tuple[Decision, Statistics] = self._recorded(aggregator.identity, table, present, unscale, memory)
         return found
 
     def _decide(

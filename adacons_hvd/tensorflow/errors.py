@@ -18,7 +18,7 @@ import tensorflow as tf
 from ..agreement import DisagreementError
 from ..engine.replicas import ReplicaError, StrayStepError
 
-__all__ = ["check", "decoded"]
+__all__ = ["check", "decoded", "require"]
 
 #: The errors that a judge may raise.
 _ERRORS = {
@@ -27,6 +27,12 @@ _ERRORS = {
 
 #: How an error is written, between the brackets that TensorFlow puts around an assertion's text. That text is one line.
 _WRITTEN = re.compile(r"\[adacons_hvd (\w+): (.*)\]$", re.MULTILINE)
+
+
+def require(fine: tf.Tensor, error: Exception) -> tf.Operation:
+    """Have the graph fail with this error unless all is ``fine``."""
+    with tf.device("cpu"):
+        return tf.debugging.Assert(fine, [_written(error)])
 
 
 def check(suspicious: tf.Tensor, judge: Callable[..., None], data: Callable[[], Sequence[Any]]) -> tf.Tensor:
@@ -40,7 +46,7 @@ def check(suspicious: tf.Tensor, judge: Callable[..., None], data: Callable[[], 
         try:
             judge(*map(_plain, values))
         except tuple(_ERRORS.values()) as error:
-            return f"adacons_hvd {type(error).__name__}: {error}".encode()
+            return _written(error)
         return b""
 
     def ask() -> tf.Tensor:
@@ -60,6 +66,10 @@ def decoded(error: tf.errors.OpError) -> Exception | None:
     # TensorFlow writes quotes, backslashes and whatever is no ASCII as in C.
     text = found[2].encode().decode("unicode_escape").encode("latin-1").decode()
     return _ERRORS[found[1]](text)
+
+
+def _written(error: Exception) -> bytes:
+    return f"adacons_hvd {type(error).__name__}: {error}".encode()
 
 
 def _plain(value: Any) -> Any:

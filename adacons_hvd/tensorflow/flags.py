@@ -99,7 +99,7 @@ class Exchange:
     def _equal_replicas(self, layout: Layout, table: tf.Tensor, digests: tf.Tensor) -> tf.Tensor:
         """Fail if ranks have compared their variables and these differ."""
         flags = Flags(*tf.unstack(table, axis=1))
-        mine = Flags(*(column[self._collectives.rank] for column in flags))
+        mine = Flags(*tf.unstack(table[self._collectives.rank]))
         here = flags.here == 1
         # Where a rank is back that had joined, some ranks may compare in this step and others not.
         together = tf.reduce_all(~here | (flags.count == mine.count))

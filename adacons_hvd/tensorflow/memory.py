@@ -231,23 +231,19 @@ def shared(
     A history begins afresh then, since its rows are spread over ranks that remember other steps.
     """
     own = _values(memory)
+    lost = {} if past is None else {key: own.pop(key) for key in past.variables}
     root = tf.argmax(flags.steps)
     here = flags.here == 1
-    differ = tf.reduce_any(here & ((flags.steps != flags.steps[root]) | (flags.kept != flags.kept[root])))
+    steps, kept = tf.gather(flags.steps, root), tf.gather(flags.kept, root)
+    differ = tf.reduce_any(here & ((flags.steps != steps) | (flags.kept != kept)))
+    flat = tf.concat([tf.reshape(value, (-1,)) for value in own.values()], 0)
 
-    def share() -> list[tf.Tensor]:
+    def share() -> tf.Tensor:
         collectives.start()
-        flat = tf.concat([tf.reshape(value, (-1,)) for value in own.values()], 0)
-        flat = tf.where(root == collectives.rank, flat, tf.zeros_like(flat))
-        flat = collectives.allreduce(flat, f"{name}.memory").wait()
-        parts = tf.split(flat, [value.shape.num_elements() for value in own.values()])
         if past is not None:
             past.clear()
-        lost = () if past is None else past.variables
-        return [
-            tf.zeros_like(value) if key in lost else tf.reshape(part, value.shape)
-            for part, (key, value) in zip(parts, own.items(), strict=True)
-        ]
+        return collectives.allreduce(tf.where(root == collectives.rank, flat, 0.0), f"{name}.memory").wait()
 
-    values = tf.cond(differ, share, lambda: list(own.values()))
-    return dict(zip(own, values, strict=True))
+    parts = tf.split(tf.cond(differ, share, lambda: flat), [value.shape.num_elements() for value in own.values()])
+    found = {key: tf.reshape(part, own[key].shape) for key, part in zip(own, parts, strict=True)}
+    return found | {key: tf.where(differ, tf.zeros_like(value), value) for key, value in lost.items()}

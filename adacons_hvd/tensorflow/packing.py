@@ -66,7 +66,8 @@ class Slot:
         """The gradient in full length."""
         if gradient is None:
             return tf.zeros(self.shape, self.dtype)
-        return tf.ensure_shape(tf.convert_to_tensor(gradient), self.shape)
+        gradient = tf.convert_to_tensor(gradient)
+        return gradient if gradient.shape == self.shape else tf.ensure_shape(gradient, self.shape)
 
     def _as_slices(self, gradient: Gradient | None) -> tf.IndexedSlices:
         shape = tf.constant(self.shape, tf.int64)
@@ -128,7 +129,7 @@ class DensePacking(Packing):
         results = {}
         start = 0
         for slot in self.slots:
-            part = bucket.buffer[start : start + slot.length]
+            part = tf.slice(bucket.buffer, [start], [slot.length])
             start += slot.length
             part = tf.cast(part, _real(slot.dtype))
             if bucket.restore is not None:

@@ -47,6 +47,11 @@ NO_XLA = (
     "optimizer's step; functions it calls, such as the model's, may keep it."
 )
 
+OUTDATED = (
+    "Horovod was initialised anew after this function was traced, so it has to be traced again: call the "
+    "tf.function, not a concrete function taken from it, and use the hvd.elastic.run of adacons_hvd."
+)
+
 _numbering = Numbering()
 
 _reducers: weakref.WeakSet[Reducer] = weakref.WeakSet()
@@ -243,11 +248,11 @@ class Reducer:
             layout.count.assign(count + 1)
         return results
 
-    def _still_the_same_workers(self) -> tf.Tensor:
+    def _still_the_same_workers(self) -> tf.Operation:
         """Fail in a graph that was made for workers who were there before."""
         with tf.init_scope():
             now = self._generation.numpy()
-        return errors.check(self._generation != now, _refuse_outdated, list)
+        return errors.require(tf.equal(self._generation, now), RuntimeError(OUTDATED))
 
     def _results(
         self, session: Session, layout: Layout, unscale: tf.Tensor, seen: Flags, gradients: list[Gradient]
@@ -323,10 +328,3 @@ class Reducer:
         self._memories.reset()
         self._generation.assign_add(1)
         self._session = None
-
-
-def _refuse_outdated() -> None:
-    raise RuntimeError(
-        "Horovod was initialised anew after this function was traced, so it has to be traced again: call the "
-        "tf.function, not a concrete function taken from it, and use the hvd.elastic.run of adacons_hvd."
-    )

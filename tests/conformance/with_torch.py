@@ -74,7 +74,7 @@ ARGUMENTS = {
 FP16 = hvd.Compression.fp16
 
 
-#: Not NAdam, of which PyTorch loads a float32 product as float64 where parameters are.
+#: Not NAdam, whose float32 product PyTorch loads as float64 where parameters are; see test_torch_optimizer.py.
 OPTIMIZERS = ("SGD", "AdamW", "RMSprop", "Adagrad", "Adam")
 ROUNDING = 0.0
 SAYS_WHO_LEADS = of_torch.SAYS_WHO_LEADS

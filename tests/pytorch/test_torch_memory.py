@@ -136,6 +136,56 @@ def test_no_file_is_left(cluster, schedule):
         assert left == []
 
 
+def sparse_results() -> tuple[list[Any], list[int]]:
+    """The gradients of an embedding whose numbers of rows differ between steps and ranks, and in which steps Horovod
+    gathered rows."""
+    import torch
+    from torch_job import assert_equal_bits
+
+    import adacons_hvd.torch as hvd
+    from adacons_hvd import AdaCons
+    from adacons_hvd.collectives.horovod_torch import HorovodTorch
+
+    hvd.init()
+    own = torch.Generator().manual_seed(1 + hvd.rank())
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(4096, 6, sparse=True)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(table.parameters(), lr=1.0), aggregator=AdaCons())
+    gather, found, gathered = HorovodTorch.allgather_rows, [], []
+
+    def watched(self: Any, rows: torch.Tensor, name: str) -> Any:
+        if rows.ndim == 2:
+            gathered.append(len(found))
+        return gather(self, rows, name)
+
+    with mock.patch.object(HorovodTorch, "allgather_rows", watched):
+        # The third is too much for one rank, by what there was before, and in the last one a rank has none.
+        for count in (8, 12, 8 if hvd.rank() else 2000, 1500, 1500 if hvd.rank() else 0):
+            optimizer.zero_grad()
+            rows = torch.randint(4096, (count,), generator=own)
+            (table(rows) * torch.randn(count, 6, generator=own)).sum().backward()
+            optimizer.step()
+            found.append(table.weight.grad.to_dense())
+    assert_equal_bits([table.weight])
+    return found, gathered
+
+
+def sparse_with_and_without() -> tuple[list[int], list[int]]:
+    from adacons_hvd.torch import reducer
+
+    with mock.patch.object(reducer, "memory_device", return_value=-1):
+        expected, always = sparse_results()
+    found, sometimes = sparse_results()
+    assert all(mine.equal(theirs) for mine, theirs in zip(found, expected, strict=True))
+    return always, sometimes
+
+
+def test_rows_go_through_memory_where_there_is_room(cluster):
+    for always, sometimes in cluster.run(sparse_with_and_without):
+        assert always == [0, 1, 2, 3, 4]
+        assert sometimes == [0, 2]
+
+
 def places_of_messages() -> set[int]:
     """Where the rows of a channel's messages begin, as far as arithmetic can tell."""
     import secrets

@@ -230,6 +230,94 @@ def test_zero_grad_at_the_wrong_moment_is_caught(cluster):
     assert cluster.run(case) == [[0.0] * 6] * 2
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam"])
+def test_state_dicts_resume_bit_for_bit(cluster, name):
+    def case(folder):
+        import harness
+        import torch
+        from torch_job import Batches, assert_equal_bits, loss_of, network
+
+        def make(parameters):
+            options = {"momentum": 0.9} if name == "SGD" else {}
+            return getattr(torch.optim, name)(parameters, lr=0.01, **options)
+
+        def train(model, optimizer, batches, steps):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss_of(model, batches).backward()
+                optimizer.step()
+
+        model, batches = network(), Batches()
+        optimizer = wrapped(model, make)
+        train(model, optimizer, batches, 4)
+        path = f"{folder}/{name}.{harness.rank()}.pt"
+        torch.save([model.state_dict(), optimizer.state_dict()], path)
+        draw = batches.generator.get_state()
+        train(model, optimizer, batches, 4)
+
+        again, later = network(), Batches()
+        with torch.no_grad():
+            for p in again.parameters():
+                p.add_(1)
+        resumed = wrapped(again, make)
+        saved_model, saved_optimizer = torch.load(path, weights_only=True)
+        again.load_state_dict(saved_model)
+        resumed.load_state_dict(saved_optimizer)
+        later.generator.set_state(draw)
+        train(again, resumed, later, 4)
+        for a, b in zip(model.parameters(), again.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert resumed.report.steps == optimizer.report.steps == 8
+        assert_equal_bits(list(again.parameters()))
+
+        # Either kind of checkpoint loads into either kind of optimizer.
+        plain = make(network().parameters())
+        plain.load_state_dict(saved_optimizer)
+        wrapped(network(), make).load_state_dict(plain.state_dict())
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        cluster.run(case, folder)
+
+
+@pytest.mark.ranks(3, launcher="mpi")
+def test_a_checkpoint_of_two_workers_resumes_with_three(cluster):
+    def case():
+        import harness
+        import numpy as np
+        import oracle
+        import torch
+        from torch_job import Batches, array, loss_of, network
+
+        model, batches = network(), Batches()
+        optimizer = wrapped(model)
+        state = optimizer.state_dict()
+        curve = torch.tensor([[0.5, 1.5]], dtype=torch.float64)
+        one = torch.ones(1, 1, dtype=torch.float64)
+        state["adacons"] = {
+            "version": 1,
+            "workers": 2,
+            "steps": 7 * one,
+            "fallbacks": 0 * one,
+            "updates": 7 * one,
+            "curve": curve,
+        }
+        optimizer.load_state_dict(state)
+        loss_of(model, batches).backward()
+        parameters = list(model.parameters())
+        everyone = harness.gather([array(p.grad, p) for p in parameters])
+        optimizer.synchronize()
+        judge = oracle.Grouped([list(range(6))])
+        judge.oracles[0].m = [0.5, 1.0, 1.5]
+        found = [array(p.grad, p) for p in parameters]
+        assert oracle.error(found, judge(everyone)) < 1e-5
+        assert np.isclose(optimizer.report.steps, 8)
+        return optimizer.state_dict()["adacons"]["workers"]
+
+    assert cluster.run(case) == [3] * 3
+
+
 @pytest.mark.ranks(2, launcher=("mpi", "gloo"))
 @pytest.mark.parametrize("schedule", ["two-pass", "one-pass", "gather"])
 def test_a_state_loaded_on_one_rank_alone_keeps_nobody_waiting(cluster, schedule):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Hashable
 from types import FunctionType
 from typing import Any
 
@@ -10,10 +13,12 @@ import pytest
 import tensorflow as tf
 import torch
 
-from adacons_hvd import AdaCons, Aggregator, Mean, Statistics
-from adacons_hvd.ops import ops_for
+from adacons_hvd import AdaCons, Aggregator, Curvature, Decision, Mean, NormalizedMean, Statistics
+from adacons_hvd.insight import SickWorkers
+from adacons_hvd.ops import ops_for, tensorflow_graphs
 from adacons_hvd.ops import tensorflow as ours
 from adacons_hvd.ops import torch as theirs
+from adacons_hvd.ops.structures import tensors_in
 
 AGGREGATORS: list[Aggregator] = [
     AdaCons(),
@@ -70,6 +75,75 @@ def test_a_graph_computes_what_eager_code_does(aggregator: Aggregator) -> None:
         traced, twin = graph(masked, twin)
         np.testing.assert_allclose(traced.numpy(), weights.numpy(), rtol=1e-12)
     assert weights.numpy()[3] == 0
+
+
+PURE: list[Aggregator] = [AdaCons(), NormalizedMean(), Curvature(), SickWorkers(AdaCons(), policy="exclude")]
+
+
+@pytest.mark.parametrize("aggregator", PURE, ids=repr)
+def test_a_recorded_decision_is_the_same_step_by_step(aggregator: Aggregator) -> None:
+    def decide(table: tf.Tensor, present: tf.Tensor, memory: dict[str, tf.Tensor]) -> Decision:
+        statistics = Statistics.read(table, present, aggregator.needs_gramian, aggregator.history)
+        return aggregator.decide(statistics, memory)
+
+    recorded = ours.recorded(decide)
+    memory: dict[str, tf.Tensor] = {}
+    twin: dict[str, tf.Tensor] = {}
+    for step in range(6):
+        rows = tf.constant(np.random.default_rng(step).standard_normal((2, 4, 20)) + 0.5)
+        products = tf.matmul(rows, rows, transpose_b=True)
+        if not aggregator.needs_gramian:
+            products = tf.stack([tf.reduce_sum(products, -1), tf.linalg.diag_part(products)], -1)
+        table = tf.concat([products, rows[..., : aggregator.history]], -1)
+        if step == 3:
+            table *= np.nan
+        present = tf.constant([[True, True, True, step != 2]] * 2)
+        expected, found = decide(table, present, memory), recorded(aggregator.identity, table, present, twin)
+        memory, twin = expected.memory, found.memory
+        assert [*found.stages, *twin] == [*expected.stages, *memory]
+        for a, b in zip(tensors_in(found, tf.Tensor), tensors_in(expected, tf.Tensor), strict=True):
+            np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_operations_are_recorded_once_for_each_key_and_each_form_of_the_arguments() -> None:
+    made: list[Any] = []
+
+    def double(x: tf.Tensor, held: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        made.append(tf.compat.v1.get_default_graph())
+        return {name: 2 * x + value for name, value in held.items()}
+
+    def step(key: str, *arguments: Any) -> Any:
+        return tf.function(lambda: ours.recorded(double)(key, *arguments), autograph=False)()
+
+    one, two = tf.ones((1,), tf.float64), tf.ones((2,), tf.float64)
+    with tf.device("cpu"):
+        assert step("recorded here", one, {"a": one})["a"].numpy() == 3
+    assert step("recorded here", one, {"a": 2 * one})["a"].numpy() == 4
+    assert len(made) == 1
+    assert {operation.device for operation in made[0].get_operations()} == {""}
+    assert step("recorded here", two, {"a": two})["a"].numpy().tolist() == [3, 3]
+    assert list(step("recorded here", one, {"b": one})) == ["b"]
+    assert step("recorded there", one, {"a": one})["a"].numpy() == 3
+    assert len(made) == 4
+
+
+def test_what_is_recorded_keeps_nothing_alive_and_is_forgotten_in_the_end() -> None:
+    class Model:
+        def double(self, x: tf.Tensor) -> tf.Tensor:
+            return 2 * x
+
+    def step(key: Hashable) -> tuple[weakref.ref[Any], weakref.ref[Any]]:
+        model, variable = Model(), tf.Variable(tf.ones((3,)))
+        graph = tf.function(lambda: ours.recorded(model.double)(key, variable + 1), autograph=False)
+        assert graph().numpy().tolist() == [4, 4, 4]
+        return weakref.ref(model), weakref.ref(variable)
+
+    references = step(("kept", 0))
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+    for number in range(100):
+        step(("kept", number))
+    assert len(tensorflow_graphs._graphs) <= 64
 
 
 @pytest.mark.parametrize("case", ["zero", "opposed", "nan", "one worker zero"])
