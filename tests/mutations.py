@@ -135,7 +135,21 @@ MUTATIONS = [
         "engine/memory.py",
         "self.memory = aggregator.resized(self.memory, workers)",
         "self.memory = {}",
-        "tests/pytorch/test_torch_optimizer.py tests/ddp/test_ddp_features.py -k 'two_workers or checkpoints'",
+        "tests/conformance/test_conformance.py -k 'ddp or fsdp'",
+    ),
+    Mutation(
+        "a memory that is damaged is refused",
+        "aggregators/checkpoint.py",
+        "if not all(map(math.isfinite, _flat(value))):",
+        "if False:",
+        "tests/conformance/test_conformance.py -k 'ddp or fsdp'",
+    ),
+    Mutation(
+        "an optimizer's own state is kept where its memory is refused",
+        "torch/optimizer.py",
+        "unpack_memory(ours)  # refuses",
+        "pass  # refuses",
+        "tests/conformance/test_conformance.py -k 'pytorch and gloo'",
     ),
     Mutation(
         "resharding the history",
@@ -206,7 +220,7 @@ MUTATIONS = [
         "engine/memory.py",
         "    leader = rank_to_follow(remembered)\n    if leader is None:",
         "    leader = rank_to_follow(remembered)\n    if True:",
-        "tests/faults/test_checkpoints.py -k alone",
+        "tests/conformance/test_conformance.py -k 'pytorch and gloo'",
     ),
     Mutation(
         "half precision on the wire",
@@ -292,7 +306,7 @@ MUTATIONS = [
         "tensorflow/memory.py",
         "tf.cond(differ, share, lambda: flat)",
         "flat",
-        "tests/tensorflow tests/keras/test_keras_graph.py -k 'one_rank or memory or checkpoint or restored'",
+        "tests/conformance/test_conformance.py -k tapes",
     ),
     Mutation(
         "a step in a graph is counted",

@@ -6,8 +6,8 @@ drawn from a seed (`test_random.py`) or have a name (`test_conformance.py`). The
 rank and in every run, so `RANDOM_SEED=17 RANDOM_CASES=1` repeats what failed.
 
 A binding takes part by one module. `fitting(case)` is the case without what the binding does not have. `run(case)`
-trains, and has :func:`judged` compare ranks and hold all of them against the oracle. `first_step(options)` takes a step
-in which ranks may disagree, about `ARGUMENTS`.
+trains, and has :func:`judged` compare ranks and hold all of them against the oracle. A `Training(options, optimizer)`
+takes steps one by one, and can be saved and loaded (`memory.py`); ranks may disagree about its `ARGUMENTS`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import harness
@@ -83,6 +83,41 @@ class Case:
         """For each epoch the steps that this rank takes, numbered alike on all ranks."""
         longest = max(self.steps)
         return [range(epoch * longest, epoch * longest + self.steps[rank]) for epoch in range(self.epochs)]
+
+
+def plain(**changes: Any) -> Case:
+    """A case in which nothing happens: two float32 parameters, five steps, three workers of unlike lengths."""
+    case = Case(
+        seed=1,
+        shapes=[(64,), (3, 5)],
+        types=["float32", "float32"],
+        sparse=[],
+        aggregator={"momentum": 0.9, "normalize": True, "scale": "unit"},
+        nonfinite="propagate",
+        options={"schedule": "one-pass", "bucket_bytes": 64},
+        granularity="model",
+        groups=None,
+        fp16=False,
+        optimizer="SGD",
+        passes=1,
+        steps=[5, 5, 5],
+        poison=[],
+        missing=[],
+        frozen={},
+        sizes=[1.0, 0.5, 2.0],
+    )
+    return replace(case, **changes)
+
+
+#: For trainings whose gradients are given, and what becomes of them is not held against the oracle.
+GIVEN = plain()
+#: The options of a training, given its parameters.
+Options = Callable[[list[Any]], dict[str, Any]]
+
+
+def no_options(parameters: list[Any]) -> dict[str, Any]:
+    """Those of every training."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -176,6 +211,12 @@ def gradient(case: Case, step: int, turn: int, rank: int, number: int) -> torch.
         if (at, who, which) == (step, rank, number) and value.numel():
             value.view(-1)[0] = what
     return value
+
+
+def given_gradients(step: int) -> list[torch.Tensor]:
+    """This rank's gradients in a training that no oracle judges."""
+    found = [gradient(GIVEN, step, 0, harness.rank(), number) for number in range(len(GIVEN.shapes))]
+    return [each.double() for each in found if each is not None]
 
 
 def array(tensor: torch.Tensor | None, like: torch.Tensor) -> np.ndarray:

@@ -1,7 +1,11 @@
-"""Every binding agrees with the oracle whatever happens, and tells all ranks where they disagree (`named.py`)."""
+"""Every binding agrees with the oracle whatever happens, and tells all ranks where they disagree (`named.py`).
+
+It saves, resumes and shares what its aggregator remembers (`memory.py`).
+"""
 
 from __future__ import annotations
 
+import memory
 import named
 import pytest
 
@@ -14,13 +18,14 @@ ONE_STEP_ALONE = {"sparse gradients on some steps", "gradients that are missing 
 
 
 def conform(cluster, module, lacks, every=False):
-    """Take all cases; ``lacks`` are the features that the binding does not have. Then have ranks disagree."""
+    """Take all cases; ``lacks`` are the features that the binding does not have. Then disagree, save and resume."""
     assert all(set(found) == lacks for found in cluster.run(named.take_all, module, every))
 
     first, *others = cluster.run(named.disagree, module)
     assert all(other == first for other in others)
     for given, told in first.items():
         assert named.DISAGREEMENTS[given] in "\n".join(told), (given, told)
+    cluster.run(memory.take_all, module)
 
 
 @pytest.mark.ranks(3, launcher=("mpi", "gloo"))
@@ -32,6 +37,11 @@ def test_pytorch(cluster):
 def test_ddp(cluster):
     own = {"layers that are frozen", "half precision on the wire", "division before sums"}
     conform(cluster, "with_ddp", {*SPARSE, *MISSING, *ANNOUNCED, *own, "parameters that travel together"}, every=True)
+
+
+@pytest.mark.ranks(3, launcher="torchrun")
+def test_fsdp(cluster):
+    cluster.run(memory.take_all, "with_fsdp")
 
 
 @pytest.mark.ranks(3, launcher="gloo", pool="tensorflow")

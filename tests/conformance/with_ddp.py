@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import harness
 import numpy as np
+import of_torch
 import torch
 import torch.distributed as dist
-from cases import Case, Seen, array, gradient, judged, pick
+from cases import Case, Options, Seen, array, gradient, judged, no_options, pick
 from torch.nn.parallel import DistributedDataParallel
 
 import adacons_hvd.ddp
@@ -76,14 +76,26 @@ def run(case: Case) -> Counter[str]:
 ARGUMENTS = {"aggregator", "schedule", "granularity", "grad_scaler"}
 
 
-def first_step(options: Callable[[list[Any]], dict[str, Any]]) -> None:
-    """Prepare for a step with these options, which are told of the parameters; that is when ranks meet."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
-    model = DistributedDataParallel(Given(parameters))
-    given = options(parameters)
-    adacons_hvd.ddp.attach(model, torch.optim.SGD(parameters, lr=0.1), given.pop("aggregator"), **given)
+OPTIMIZERS = ("Adam",)
+#: The first step of a new DistributedDataParallel has other buckets.
+ROUNDING = 1e-11
+SAYS_WHO_LEADS = of_torch.SAYS_WHO_LEADS
+
+
+class Training(of_torch.Training):
+    """A training with these options, which are told of the parameters. Ranks meet when it is made."""
+
+    def __init__(self, options: Options = no_options, optimizer: str = "Adam") -> None:
+        super().__init__(optimizer)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        self.model = DistributedDataParallel(Given(self.parameters))
+        self.optimizer = self.plain(self.parameters)
+        given = {"aggregator": AdaCons(momentum=0.9), "schedule": "one-pass", **options(self.parameters)}
+        adacons_hvd.ddp.attach(self.model, self.optimizer, **given)
+
+    def forward(self) -> Any:
+        return self.model()
 
 
 def _backward(model: Any, gradients: list[Any], last: bool) -> str:

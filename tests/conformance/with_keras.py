@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import cases
 import harness
 import keras
 import numpy as np
-from cases import Case, Seen
+from cases import GIVEN, Case, Options, Seen, no_options
 
 import adacons_hvd.keras as hvd
 from adacons_hvd import AdaCons
@@ -70,12 +69,59 @@ ARGUMENTS = {"aggregator", "granularity", "groups", "compression", "sparse_as_de
 FP16 = hvd.Compression.fp16
 
 
-def first_step(options: Callable[[list[Any]], dict[str, Any]]) -> None:
-    """A step with these options, which are told of the variables."""
-    hvd.init()
-    variables = [keras.Variable(np.ones(3), name="a"), keras.Variable(np.ones((2, 2)), name="b")]
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), **options(variables))
-    optimizer.apply([keras.ops.ones_like(v) for v in variables], variables)
+OPTIMIZERS = ("Adam",)
+ROUNDING = 0.0
+#: A graph says nothing.
+SAYS_WHO_LEADS = keras.backend.backend() == "torch"
+
+
+class Training:
+    """A training with these options, which are told of the variables."""
+
+    def __init__(self, options: Options = no_options, optimizer: str = "Adam") -> None:
+        hvd.init()
+        self.kind = optimizer
+        named = zip("ab", GIVEN.shapes, strict=True)
+        self.variables = [keras.Variable(np.ones(s), dtype="float64", name=n) for n, s in named]
+        given = {"aggregator": AdaCons(momentum=0.9), "schedule": "one-pass", **options(self.variables)}
+        self.optimizer = hvd.DistributedOptimizer(self.plain(), **given)
+
+    def plain(self) -> Any:
+        """An optimizer that is not distributed."""
+        optimizer = getattr(keras.optimizers, self.kind)(0.01)
+        optimizer.build(self.variables)
+        return optimizer
+
+    def step(self, number: int) -> None:
+        pairs = zip(cases.given_gradients(number), self.variables, strict=True)
+        self.optimizer.apply([_tensor(gradient, v) for gradient, v in pairs], self.variables)
+
+    def values(self) -> list[np.ndarray]:
+        return [keras.ops.convert_to_numpy(v).copy() for v in self.variables]
+
+    @property
+    def report(self) -> Any:
+        return self.optimizer.report
+
+    def save(self) -> dict[str, Any]:
+        """All there is, and by itself what the aggregator remembers."""
+        own: dict[str, Any] = {}
+        self.optimizer.save_own_variables(own)
+        return {"values": self.values(), "optimizer": own, "memory": self.optimizer._adacons.exchange.state_dict()}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        if saved["memory"]:
+            self.optimizer._adacons.exchange.load_state_dict(saved["memory"])
+        self.optimizer.load_own_variables(saved["optimizer"])
+        for variable, value in zip(self.variables, saved["values"], strict=True):
+            variable.assign(value)
+
+    def through_plain(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The state of a plain optimizer that has loaded this one."""
+        plain, own = self.plain(), {}
+        plain.load_own_variables(saved["optimizer"])
+        plain.save_own_variables(own)
+        return {**saved, "optimizer": own, "memory": {}}
 
 
 def _apply(optimizer: Any, gradients: list[Any], variables: list[Any]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import cases
 import harness
 import numpy as np
 import tensorflow as tf
-from cases import Case, Seen
+from cases import GIVEN, Case, Options, Seen, no_options
 
 import adacons_hvd.tensorflow as hvd
 from adacons_hvd import AdaCons
@@ -87,21 +87,55 @@ def run(case: Case) -> Counter[str]:
 ARGUMENTS = {"aggregator", "granularity", "groups", "compression", "check_replicas", *OPTIONS}
 FP16 = hvd.Compression.fp16
 
+OPTIMIZERS = ("",)
+ROUNDING = 0.0
+#: A graph says nothing.
+SAYS_WHO_LEADS = False
+
 _turns = itertools.count()
 
 
-def first_step(options: Callable[[list[Any]], dict[str, Any]]) -> None:
-    """A step with these options, which are told of the variables: in a graph, eagerly, in a graph, ..."""
-    hvd.init()
-    variables = [tf.Variable(tf.ones(3)), tf.Variable(tf.ones((2, 2)))]
-    given = options(variables)
+class Training:
+    """A training with these options, which are told of the variables: in a graph, eagerly, in a graph, ..."""
 
-    def step() -> None:
+    def __init__(self, options: Options = no_options, optimizer: str = "") -> None:
+        hvd.init()
+        gc.collect()
+        self.variables = [tf.Variable(tf.ones(s, tf.float64), name=n) for n, s in zip("ab", GIVEN.shapes, strict=True)]
+        self.options = {"aggregator": AdaCons(momentum=0.9), "schedule": "one-pass", **options(self.variables)}
+        self.tape: Any = None
+        self.take = tf.function(self._take) if next(_turns) % 2 == 0 else self._take
+
+    def _take(self, given: list[tf.Tensor]) -> None:
         with tf.GradientTape() as tape:
-            loss = tf.add_n([tf.reduce_sum(v) for v in variables])
-        hvd.DistributedGradientTape(tape, **given).gradient(loss, variables)
+            outputs = [tf.identity(v) for v in self.variables]
+        self.tape = hvd.DistributedGradientTape(tape, **self.options)
+        for variable, gradient in zip(self.variables, self.tape.gradient(outputs, self.variables, given), strict=True):
+            variable.assign_sub(0.01 * gradient)
 
-    (tf.function(step) if next(_turns) % 2 == 0 else step)()
+    def step(self, number: int) -> None:
+        self.take([tf.constant(gradient.numpy(), tf.float64) for gradient in cases.given_gradients(number)])
+
+    def values(self) -> list[np.ndarray]:
+        return [v.numpy() for v in self.variables]
+
+    @property
+    def report(self) -> Any:
+        return self.tape.report
+
+    def save(self) -> dict[str, Any]:
+        """All there is, and by itself what the aggregator remembers."""
+        memory = {name.removeprefix("0/"): value for name, value in hvd.TapeState().state_dict().items()}
+        return {"values": self.values(), "memory": memory, "optimizer": None}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        hvd.TapeState().load_state_dict({f"0/{name}": value for name, value in saved["memory"].items()})
+        for variable, value in zip(self.variables, saved["values"], strict=True):
+            variable.assign(value)
+
+    def through_plain(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The state of a training without an aggregator, which remembers nothing."""
+        return {**saved, "memory": {}}
 
 
 def _missing_always(case: Case) -> list[tuple[int, int, int]]:

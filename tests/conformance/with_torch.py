@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import harness
+import of_torch
 import torch
-from cases import Case, Seen, array, gradient, judged, pick
+from cases import Case, Options, Seen, array, gradient, judged, no_options, pick
 
 import adacons_hvd.torch as hvd
 from adacons_hvd.collectives.shared import memory_device
@@ -74,13 +74,20 @@ ARGUMENTS = {
 FP16 = hvd.Compression.fp16
 
 
-def first_step(options: Callable[[list[Any]], dict[str, Any]]) -> None:
-    """A step with these options, which are told of the parameters."""
-    hvd.init()
-    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
-    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), **options(parameters))
-    sum(p.sum() for p in parameters).backward()
-    optimizer.step()
+#: Not NAdam, whose float32 product PyTorch loads as float64 where parameters are; see test_torch_optimizer.py.
+OPTIMIZERS = ("SGD", "AdamW", "RMSprop", "Adagrad", "Adam")
+ROUNDING = 0.0
+SAYS_WHO_LEADS = of_torch.SAYS_WHO_LEADS
+
+
+class Training(of_torch.Training):
+    """A training with these options, which are told of the parameters."""
+
+    def __init__(self, options: Options = no_options, optimizer: str = "Adam") -> None:
+        super().__init__(optimizer)
+        hvd.init()
+        given = {"aggregator": hvd.AdaCons(momentum=0.9), "schedule": "one-pass", **options(self.parameters)}
+        self.optimizer = hvd.DistributedOptimizer(self.plain(self.parameters), **given)
 
 
 def _backward(case: Case, parameters: list[torch.Tensor], step: int, turn: int) -> None:

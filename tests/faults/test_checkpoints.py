@@ -123,45 +123,6 @@ def test_a_truncated_file_is_refused_and_training_goes_on(cluster, tmp_path):
     cluster.run(case, str(tmp_path))
 
 
-def test_states_that_are_not_what_they_say_are_refused(cluster):
-    """Before anything has changed, and with the reason."""
-
-    def case():
-        training, undisturbed = Training(), Training()
-        training.steps(2)
-        messages = []
-        for change in (
-            {"version": 99},
-            {"version": None},
-            {"workers": None},
-            {"curve": float("nan")},
-            {"steps": float("inf")},
-        ):
-            state = training.state()
-            state["optimizer"]["param_groups"] = [{**g, "lr": 1.0} for g in state["optimizer"]["param_groups"]]
-            ours = dict(state["optimizer"]["adacons"])
-            for name, value in change.items():
-                if value is None:
-                    del ours[name]
-                else:
-                    ours[name] = value if name == "version" else ours[name] + value
-            state["optimizer"]["adacons"] = ours
-            with pytest.raises(ValueError, match="aggregator") as error:
-                training.load(state)
-            messages.append(str(error.value))
-        training.steps(2)
-        undisturbed.steps(4)
-        assert training.end() == undisturbed.end()
-        return messages
-
-    for later, none, no_workers, curve, steps in cluster.run(case):
-        assert "of version 99, written by a later adacons_hvd" in later
-        assert "neither 'version' nor 'workers'" in none
-        assert "neither 'version' nor 'workers'" in no_workers
-        assert "'curve' holds NaN or infinity" in curve
-        assert "'steps' holds NaN or infinity" in steps
-
-
 def test_states_of_other_configurations_are_taken_up_as_far_as_they_go(cluster):
     """Another momentum, another aggregator, fewer things remembered: counters stay, the rest starts afresh."""
 
@@ -194,50 +155,3 @@ def test_states_of_other_configurations_are_taken_up_as_far_as_they_go(cluster):
         return ends, model.optimizer.report.steps
 
     assert cluster.run(case) == [([6] * 5, 1)] * 3
-
-
-def test_the_state_of_an_earlier_version_lacks_what_came_later(cluster):
-    def case():
-        training = Training()
-        training.steps(3)
-        state = training.state()
-        state["optimizer"]["adacons"] = {
-            name: state["optimizer"]["adacons"][name]
-            for name in ("version", "workers", "steps", "fallbacks", "curve", "updates")
-        }
-        resumed = Training()
-        resumed.load(state)
-        training.steps(3)
-        resumed.steps(3)
-        assert training.end() == resumed.end()
-
-    cluster.run(case)
-
-
-def test_a_checkpoint_loaded_on_one_rank_alone_is_shared(cluster):
-    """The aggregator's part of it: models are broadcast by scripts, as ever."""
-
-    def case():
-        import warnings
-
-        import harness
-
-        training, resumed = Training(), Training()
-        training.steps(3)
-        state = training.state()
-        if harness.rank() == 1:
-            resumed.load(state)
-        else:
-            resumed.model.load_state_dict(state["model"])
-            state["optimizer"].pop("adacons")
-            resumed.optimizer.load_state_dict(state["optimizer"])
-            resumed.draw.set_state(state["draw"])
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            resumed.steps(3)
-        training.steps(3)
-        assert training.end() == resumed.end()
-        return [str(warning.message) for warning in caught]
-
-    for messages in cluster.run(case):
-        assert sum("([0, 3, 0] of them), so all go on from what rank 1 remembers" in m for m in messages) == 1

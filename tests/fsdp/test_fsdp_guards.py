@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -236,34 +235,3 @@ def by_fewer(folder: str) -> list[int]:
 @pytest.mark.ranks(3, launcher="torchrun")
 def test_another_number_of_workers(cluster, tmp_path):
     assert cluster.run(by_fewer, str(tmp_path / "state")) == [[4, 3, 2, 4], [4, 3, 2, 4], []]
-
-
-def lopsided() -> list[str]:
-    """A state that only one rank has loaded."""
-    import harness
-    from fsdp_job import assert_same_everywhere, attached, loss_of, network, sharded, whole
-
-    model = sharded(network(1))
-    optimizer = attached(model)
-    for step in range(2):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.step()
-    state = optimizer.state_dict()
-    model = sharded(network(1))
-    optimizer = attached(model)
-    if harness.rank() == 1:
-        optimizer.load_state_dict(state)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loss_of(model, 0).backward()
-    optimizer.step()
-    assert_same_everywhere(whole(model.parameters()))
-    assert optimizer.report.steps == 3
-    return [str(each.message) for each in caught if "remembers other steps" in str(each.message)]
-
-
-def test_a_state_that_one_rank_has_loaded(cluster):
-    for told in cluster.run(lopsided):
-        (message,) = told
-        assert "so all go on from what rank 1 remembers" in message

@@ -60,35 +60,3 @@ def test_nothing_goes_through_python_and_steps_are_traced_once(cluster):
         return [len(traces), sorted(kind for kind in kinds if "Py" in kind)]
 
     assert cluster.run(trace) == [[1, []]] * 2
-
-
-def test_a_checkpoint_restored_on_one_rank_is_everyones(cluster):
-    def restore_on_rank_0() -> list:
-        import keras
-        from keras_job import assert_equal_bits, data, network
-
-        import adacons_hvd.keras as hvd
-        import adacons_hvd.tensorflow as tensorflow_hvd
-        from adacons_hvd import AdaCons
-
-        hvd.init()
-        model = network(keras)
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), aggregator=AdaCons(momentum=0.9))
-        model.compile(optimizer, loss="mse")
-        model.fit(*data(24), batch_size=8, verbose=0, shuffle=False)
-        exchange = optimizer._adacons.exchange
-        state = exchange.state_dict()
-        blank = {name: value * 0 if name not in ("version", "workers") else value for name, value in state.items()}
-        if hvd.rank() == 0:
-            blank = {**state, "curve": state["curve"] + 1, "steps": state["steps"] + 4}
-        exchange.load_state_dict(blank)
-        # What plain Horovod has users do after that; neither call knows of the aggregator.
-        tensorflow_hvd.broadcast_variables([v.value for v in model.variables], root_rank=0)
-        tensorflow_hvd.broadcast_variables([v.value for v in optimizer.variables], root_rank=0)
-        model.fit(*data(8, seed=1), batch_size=8, verbose=0, shuffle=False)
-        assert_equal_bits(model, optimizer)
-        return [optimizer.report.steps, exchange.state_dict()["curve"].tolist()]
-
-    first, second = cluster.run(restore_on_rank_0)
-    assert first == second
-    assert first[0] == 8
