@@ -17,7 +17,7 @@ from oracle import CurvatureOracle, NormalizedMeanOracle, Oracle, error
 
 from adacons_hvd import AdaCons, Aggregator, Curvature, Mean, NormalizedMean, Statistics
 from adacons_hvd.aggregators.adacons import CANCELLATION, resample
-from adacons_hvd.insight import MovingAverages
+from adacons_hvd.insight import MovingAverages, SickWorkers
 from adacons_hvd.ops import torch as torch_ops
 
 ABLATION = {
@@ -404,6 +404,32 @@ def test_an_identity_keeps_functions_so_that_no_other_takes_the_address_that_the
     gc.collect()
     assert function() is not None
     assert identity != Weighed(lambda x: x).identity
+
+
+def test_an_identity_is_a_key_whatever_it_has_in_it():
+    class Called:
+        def __eq__(self, other):
+            return True
+
+        def __call__(self, worker):
+            pass
+
+    first, second = SickWorkers(AdaCons(), callback=Called()), SickWorkers(AdaCons(), callback=Called())
+    assert len({first.identity, first.identity, second.identity}) == 2
+
+
+def test_only_a_class_that_says_so_itself_is_pure_also_around_one_that_is():
+    class Counting(MovingAverages):
+        pass
+
+    assert MovingAverages(AdaCons()).is_pure
+    assert SickWorkers(AdaCons()).is_pure
+    assert not Counting(AdaCons()).is_pure
+
+    class Mine(Mean):
+        pass
+
+    assert not SickWorkers(Mine()).is_pure
 
 
 # --- the mean gradients of earlier steps ----------------------------------------------------------

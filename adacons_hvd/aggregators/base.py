@@ -130,6 +130,21 @@ class Decision:
     news: Tensor | None = None
 
 
+class _Itself:
+    """A value as a key, equal to no other's: some values cannot be keys, or take themselves for equal to others."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 class Aggregator:
     """How N gradients become one. Subclasses say which weights; everything else is done here.
 
@@ -219,7 +234,7 @@ class Aggregator:
         Functions are in it besides their addresses in the ``repr``, which could be those of others later.
         """
         callables = [value for value in vars(self).values() if callable(value)]
-        inside = tuple(value.identity if isinstance(value, Aggregator) else value for value in callables)
+        inside = tuple(value.identity if isinstance(value, Aggregator) else _Itself(value) for value in callables)
         return type(self), repr(self), inside
 
     # --- what every aggregator shares -----------------------------------------------------------

@@ -31,6 +31,8 @@ class MovingAverages(Aggregator):
     tensor([3., 0.])
     """
 
+    pure = True
+
     def __init__(self, aggregator: Aggregator, averaging: float = 0.99) -> None:
         if not isinstance(aggregator, Aggregator):
             raise TypeError(f"aggregator must be an Aggregator such as AdaCons(), got {aggregator!r}")
@@ -61,7 +63,7 @@ class MovingAverages(Aggregator):
 
     @property
     def is_pure(self) -> bool:
-        return self.aggregator.is_pure
+        return super().is_pure and self.aggregator.is_pure
 
     @property
     def elementwise(self) -> bool:

@@ -104,6 +104,8 @@ class SickWorkers(MovingAverages):
     0.0
     """
 
+    pure = True
+
     def __init__(
         self,
         aggregator: Aggregator,
