@@ -8,10 +8,28 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from cases import GIVEN, given_gradients
 
 #: What is remembered under another rank's lead is told by a warning.
 SAYS_WHO_LEADS = True
+
+
+class Given(torch.nn.Module):
+    """Parameters whose gradients can be chosen."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.all = torch.nn.ParameterList(parameters)
+
+    def forward(self) -> list[torch.Tensor]:
+        return [p.clone() for p in self.all]
+
+
+def meet() -> None:
+    """Begin to use torch.distributed, in the first training."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
 
 
 class Training:
@@ -74,3 +92,17 @@ class Training:
         plain = self.plain(saved["values"])
         plain.load_state_dict(self.with_memory(saved))
         return {**saved, "optimizer": plain.state_dict(), "memory": {}}
+
+
+class ModelTraining(Training):
+    """A training of a model whose ranks meet by torch.distributed."""
+
+    model: Any
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(optimizer)
+        meet()
+
+    def forward(self) -> list[torch.Tensor]:
+        outputs: list[torch.Tensor] = self.model()
+        return outputs

@@ -11,23 +11,12 @@ import harness
 import numpy as np
 import of_torch
 import torch
-import torch.distributed as dist
 from cases import Case, Options, Seen, array, gradient, judged, no_options, pick
+from of_torch import Given
 from torch.nn.parallel import DistributedDataParallel
 
 import adacons_hvd.ddp
 from adacons_hvd import AdaCons
-
-
-class Given(torch.nn.Module):
-    """Parameters whose gradients can be chosen."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        super().__init__()
-        self.all = torch.nn.ParameterList(parameters)
-
-    def forward(self) -> list[torch.Tensor]:
-        return [p.clone() for p in self.all]
 
 
 def fitting(case: Case) -> Case:
@@ -40,8 +29,7 @@ def fitting(case: Case) -> Case:
 
 def run(case: Case) -> Counter[str]:
     """Train, compare, and count what was met."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
+    of_torch.meet()
     me = harness.rank()
     parameters = [
         torch.nn.Parameter(torch.ones(s, dtype=getattr(torch, k))) for s, k in zip(case.shapes, case.types, strict=True)
@@ -82,20 +70,15 @@ ROUNDING = 1e-11
 SAYS_WHO_LEADS = of_torch.SAYS_WHO_LEADS
 
 
-class Training(of_torch.Training):
+class Training(of_torch.ModelTraining):
     """A training with these options, which are told of the parameters. Ranks meet when it is made."""
 
     def __init__(self, options: Options = no_options, optimizer: str = "Adam") -> None:
         super().__init__(optimizer)
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
         self.model = DistributedDataParallel(Given(self.parameters))
         self.optimizer = self.plain(self.parameters)
         given = {"aggregator": AdaCons(momentum=0.9), "schedule": "one-pass", **options(self.parameters)}
         adacons_hvd.ddp.attach(self.model, self.optimizer, **given)
-
-    def forward(self) -> Any:
-        return self.model()
 
 
 def _backward(model: Any, gradients: list[Any], last: bool) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 import of_torch
 import torch.distributed as dist
 from cases import Options, no_options
+from of_torch import Given
 from torch.distributed.fsdp import fully_shard
-from with_ddp import Given
 
 import adacons_hvd.fsdp
 from adacons_hvd import AdaCons
@@ -22,22 +22,17 @@ ROUNDING = 0.0
 SAYS_WHO_LEADS = of_torch.SAYS_WHO_LEADS
 
 
-class Training(of_torch.Training):
+class Training(of_torch.ModelTraining):
     """A training of one unit with these options. Ranks meet when it is made."""
 
     def __init__(self, options: Options = no_options, optimizer: str = "Adam") -> None:
         super().__init__(optimizer)
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
         mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
         self.model = fully_shard(Given(self.parameters), mesh=mesh)
         self.parameters = list(self.model.parameters())
         self.optimizer = self.plain(self.parameters)
         given = {"aggregator": AdaCons(momentum=0.9), **options(self.parameters)}
         adacons_hvd.fsdp.attach(self.model, self.optimizer, **given)
-
-    def forward(self) -> Any:
-        return self.model()
 
     def values(self) -> list[np.ndarray]:
         return [p.detach().full_tensor().numpy() for p in self.parameters]
