@@ -8,16 +8,16 @@ after its type; only :meth:`HorovodTensorFlow.allgather_bytes` is for there, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops as hvd
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
+from ..ops.tensorflow_graphs import make_graph
 from . import Pending, ready
 
-__all__ = ["HorovodTensorFlow", "make_graph", "make_variable"]
+__all__ = ["HorovodTensorFlow", "make_variable"]
 
 # Horovod has no function for these element types. Moving data needs none: the bytes travel as
 # another type of the same width. Adding does, so a sum is made in float32.
@@ -139,16 +139,6 @@ class HorovodTensorFlow:
 
     def _where(self) -> dict[str, Any]:
         return {"ignore_name_scope": True, "process_set": self.process_set}
-
-
-def make_graph(function: Callable[..., Any], *signature: Any) -> Callable[..., Any]:
-    """The graph of a function, for arguments of this signature, to be called from eager code.
-
-    A ``tf.function`` would trace in its first call, and TensorFlow warns of code that does so in call after call:
-    many models in one process are enough.
-    """
-    graph: Callable[..., Any] = tf.function(function, signature, autograph=False).get_concrete_function()
-    return graph
 
 
 def make_variable(value: tf.Tensor) -> tf.Variable:

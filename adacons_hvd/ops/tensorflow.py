@@ -209,8 +209,7 @@ def reshape(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
 
 def bound(function: Callable[[tf.Tensor], tf.Tensor], argument: tf.Tensor) -> Callable[[], tf.Tensor]:
     """``function`` of this argument, in the form in which it runs in training: a graph."""
-    # Made here rather than in the first call, where TensorFlow warns that it makes many.
-    graph = tf.function(function, autograph=False).get_concrete_function(argument)
+    graph = tensorflow_graphs.make_graph(function, tf.TensorSpec(argument.shape, argument.dtype))
     return lambda: graph(argument)
 
 

@@ -1,4 +1,4 @@
-"""Many small operations, whose graph is made once for all graphs that they are a part of; see :mod:`.tensorflow`.
+"""Graphs of functions; those of many small operations once for all graphs that they are a part of.
 
 From statistics to weights there are a hundred operations on a few numbers each, and to add one to a graph takes Python
 longer than TensorFlow takes to run it. A graph of a step has them twice, for when all ranks are there and for when some
@@ -14,13 +14,23 @@ import tensorflow as tf
 
 from .structures import described, rebuilt, tensors_in
 
-__all__ = ["recorded"]
+__all__ = ["make_graph", "recorded"]
 
 #: How many graphs are kept. They are a megabyte each, and few training scripts need more than two.
 _MOST = 64
 
 #: The graphs, and the form of their results, by the key and all else that tells one from another.
 _graphs: dict[Hashable, tuple[Callable[..., list[tf.Tensor]], Any]] = {}
+
+
+def make_graph(function: Callable[..., Any], *signature: Any) -> Callable[..., Any]:
+    """The graph of a function, for arguments of this signature.
+
+    A ``tf.function`` would trace in its first call, and TensorFlow warns of code that does so in call after call:
+    many models in one process are enough.
+    """
+    graph: Callable[..., Any] = tf.function(function, signature, autograph=False).get_concrete_function()
+    return graph
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +65,7 @@ def _graph(
 
     # On no device, whatever those are on which it happens to be needed first.
     with tf.init_scope(), tf.device(None):
-        graph = tf.function(flat, signature, autograph=False).get_concrete_function()
+        graph = make_graph(flat, *signature)
     return graph, results[0]
 
 

@@ -17,10 +17,11 @@ from horovod.tensorflow import mpi_ops
 
 from .. import agreement
 from ..agreement import by_ranks
-from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_graph
+from ..collectives.horovod_tensorflow import HorovodTensorFlow
 from ..engine.replicas import compare_replicas, raise_stray_step, stray_step
 from ..engine.settings import Settings
 from ..ops.tensorflow import digest
+from ..ops.tensorflow_graphs import make_graph
 from . import errors
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 
-from ..collectives.horovod_tensorflow import make_graph
+from ..ops.tensorflow_graphs import make_graph
 
 __all__ = ["join"]
 

@@ -25,10 +25,11 @@ import tensorflow as tf
 from tensorflow.core.function.polymorphism.function_cache import FunctionCache
 from tensorflow.python.ops import control_flow_util
 
-from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_graph, make_variable
+from ..collectives.horovod_tensorflow import HorovodTensorFlow, make_variable
 from ..engine.replicas import is_due
 from ..engine.session import ONLY_SUMS, Numbering
 from ..engine.settings import Settings
+from ..ops.tensorflow_graphs import make_graph
 from ..report import Report
 from . import errors, flags
 from .average import average

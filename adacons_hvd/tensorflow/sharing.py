@@ -8,7 +8,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from ..collectives.horovod_tensorflow import make_graph
+from ..ops.tensorflow_graphs import make_graph
 from .reducer import start_over
 from .tape import TapeState
 from .variables import native
