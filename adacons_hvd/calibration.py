@@ -216,6 +216,10 @@ class _Calibration:
         return _done(lambda x: ops.reshape(ops.square(x), (1,)), other)
 
 
+def _nothing() -> None:
+    pass
+
+
 def slowest(collectives: Collectives, values: Sequence[float], reference: Tensor, name: str) -> list[float]:
     """The largest of every worker's values, for each of them: the slowest decides how long a step takes."""
 
@@ -226,7 +230,7 @@ def slowest(collectives: Collectives, values: Sequence[float], reference: Tensor
     return [max(everyones[place :: len(values)]) for place in range(len(values))]
 
 
-def python_seconds(workers: int, reference: Tensor, between: Callable[[], object] = bool) -> float:
+def python_seconds(workers: int, reference: Tensor, between: Callable[[], object] = _nothing) -> float:
     """Seconds that Python takes for a step of next to nothing on the host, without its messages."""
     ops = ops_for(reference)
     silent: Any = _Silent(workers)
@@ -256,7 +260,7 @@ def _done(operation: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[],
     return lambda: ops.to_list(bound())
 
 
-def _time(once: Callable[[], object], repeats: int = _REPEATS, between: Callable[[], object] = bool) -> float:
+def _time(once: Callable[[], object], repeats: int = _REPEATS, between: Callable[[], object] = _nothing) -> float:
     """The shortest of some; something else is done before each."""
     best = float("inf")
     for _ in range(repeats):

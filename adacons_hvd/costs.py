@@ -153,13 +153,15 @@ class Choice:
     expected: Mapping[str, float] = field(default_factory=dict)
     #: The ranks of each host, where hosts are the workers.
     hosts: Sequence[Sequence[int]] = ()
+    #: What schedules were compared for, with which the reason begins.
+    compared_for: str = ""
 
     def after_trial(self, seconds: Mapping[str, float], may_change: bool = True) -> Choice:
         """The choice once schedules have been tried out: another one only if that took half the time.
 
         So that noise does not choose.
 
-        >>> choice = Choice("gather", "auto: for 0.04 MB", {"gather": 0.001, "one-pass": 0.002})
+        >>> choice = Choice("gather", "", {"gather": 0.001, "one-pass": 0.002}, compared_for="auto: for 0.04 MB")
         >>> choice.after_trial({"gather": 0.003, "one-pass": 0.002}).schedule
         'gather'
         >>> choice.after_trial({"gather": 0.005, "one-pass": 0.002}).reason
@@ -169,9 +171,7 @@ class Choice:
         """
         best = min(seconds, key=lambda name: seconds[name])
         changes = may_change and seconds[best] < seconds[self.schedule] / 2
-        chosen = best if changes else self.schedule
-        what = self.reason.partition(", " + self.schedule)[0]
-        return Choice(chosen, f"{what}, {_compared(seconds, chosen, 'takes', ' by a trial')}", seconds)
+        return _compared(self.compared_for, seconds, best if changes else self.schedule, "takes", " by a trial")
 
 
 def predict(
@@ -223,10 +223,11 @@ def choose(
     costs = {name: predict(name, rates, size, bucket, gramian=gramian, history=history) for name in names}
     best = min(costs, key=lambda name: costs[name])
     what = f"{'fast' if approximate else 'auto'}: for {size / 1e6:.3g} MB and {rates.source}"
-    return Choice(best, f"{what}, {_compared(costs, best, 'should take')}", costs)
+    return _compared(what, costs, best, "should take")
 
 
-def _compared(seconds: Mapping[str, float], chosen: str, takes: str, how: str = "") -> str:
-    """How long the chosen one takes, and the others, in words."""
+def _compared(what: str, seconds: Mapping[str, float], chosen: str, takes: str, how: str = "") -> Choice:
+    """The choice of one schedule among others, which says how long each takes."""
     others = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in seconds if name != chosen)
-    return f"{chosen} {takes} {seconds[chosen] * 1e3:.3g} ms{how} ({others})"
+    reason = f"{what}, {chosen} {takes} {seconds[chosen] * 1e3:.3g} ms{how} ({others})"
+    return Choice(chosen, reason, seconds, compared_for=what)

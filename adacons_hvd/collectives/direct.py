@@ -186,7 +186,7 @@ class Link:
         return self._prepared[name]
 
     def _prepare(self, tensor: torch.Tensor, name: str, buffers: int) -> bool:
-        if len(self._channels) >= _CHANNELS - _KEPT_FREE:
+        if self._numbers >= _CHANNELS - _KEPT_FREE:
             return False
         if not self.in_memory:
             if self.size * tensor.numel() * tensor.element_size() > _MOST_BYTES:
@@ -292,7 +292,7 @@ class Link:
             pending = otherwise(rows, name)
             return ready(lambda: self._with_room_for(pending.wait(), name))
         data, in_step = rows.reshape(-1).view(torch.uint8), self._kinds is not None
-        channel = self._room(name, room)
+        channel = self._channels[_rows(name, room)]
         self.wait(channel)  # the message before it, which all ranks have sent
         channel.own[:_LENGTH].view(torch.int64)[0] = len(data)
         if len(data) <= room:
@@ -311,9 +311,6 @@ class Link:
             return torch.cat(parts).view(rows.dtype).view(-1, *rows.shape[1:])
 
         return ready(finish, channel.arrived)
-
-    def _room(self, name: str, room: int) -> Channel:
-        return self.channel(_rows(name, room), torch.empty(_LENGTH + room, dtype=torch.uint8))
 
     def _with_room_for(self, everything: torch.Tensor, name: str) -> torch.Tensor:
         """Everyone's rows, once there is room for as much from each rank as has now come from all, if memory allows."""

@@ -202,18 +202,17 @@ def choose_schedule(
     if isinstance(wanted, str) and wanted in SCHEDULES:
         return Choice(wanted, "asked for")
     workers, per_host = collectives.size, max(Counter(hosts).values())
-    approximate = wanted == "fast"
-    measured = False
-    if isinstance(wanted, Network):
-        rates, approximate = Rates.of(wanted, workers, per_host), wanted.approximate
-    elif workers == 1 or (per_host == workers and size < MEASURED_FROM):
-        rates = assumed_rates(collectives, per_host, reference)
-    else:
-        rates, measured = measured_rates(collectives, hosts, size, reference, f"{name}.calibration"), True
     bucket = settings.bucket_bytes
-    choice = choose(rates, size, bucket, aggregator=aggregator, approximate=approximate)
-    simple = not (isinstance(wanted, Network) or aggregator.needs)
-    if not (simple and is_short(choice.expected, workers, size, bucket, reference)):
+    if isinstance(wanted, Network):
+        rates = Rates.of(wanted, workers, per_host)
+        return choose(rates, size, bucket, aggregator=aggregator, approximate=wanted.approximate)
+    measured = workers > 1 and (per_host < workers or size >= MEASURED_FROM)
+    if measured:
+        rates = measured_rates(collectives, hosts, size, reference, f"{name}.calibration")
+    else:
+        rates = assumed_rates(collectives, per_host, reference)
+    choice = choose(rates, size, bucket, aggregator=aggregator, approximate=wanted == "fast")
+    if aggregator.needs or not is_short(choice.expected, workers, size, bucket, reference):
         return choice
     seconds = trial(choice.expected, collectives, size, bucket, reference, f"{name}.trial")
     # What is chosen for little on one host depends on nothing that differs from run to run.

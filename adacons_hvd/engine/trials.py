@@ -81,8 +81,8 @@ def _step(
 
     def once() -> None:
         if direct is not None and direct.prepare(flags, f"{name}.flags"):
-            for _ in ("flags", "and that they have come"):
-                direct.sum(flags, f"{name}.flags")
+            direct.sum(flags, f"{name}.flags")
+            direct.sum(flags, f"{name}.flags")  # as ranks confirm that they have everyone's
         step.run(buckets, memory)
 
     return once
