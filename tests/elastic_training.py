@@ -10,7 +10,6 @@ import json
 
 import numpy as np
 import oracle
-from harness.elastic import ElasticJob
 
 # Stages are what lies between changes of the workers. A model with three optimizers; the last is made anew in each
 # stage, as scripts do that make theirs inside of the training function. (Horovod's own, the one without an aggregator,
@@ -108,7 +107,7 @@ tell(end=True)
 """
 
 
-def run(folder, hosts, sizes, *, aggregator=True, deaths=(), changes=(), schedule=None, seconds=180):
+def run(cluster, folder, hosts, sizes, *, aggregator=True, deaths=(), changes=(), schedule=None, seconds=180):
     """A job whose number of workers goes through `sizes`.
 
     `changes` are the hosts after 3 steps of each stage, None for no change; `deaths` are lists of a stage, how many
@@ -116,7 +115,7 @@ def run(folder, hosts, sizes, *, aggregator=True, deaths=(), changes=(), schedul
     """
     options = {"schedule": schedule} if schedule else {}
     plan = {"sizes": sizes, "aggregator": aggregator, "deaths": list(deaths), "schedule": options}
-    with ElasticJob(SCRIPT, folder, hosts=hosts, args=[json.dumps(plan)]) as job:
+    with cluster.elastic(SCRIPT, folder, hosts=hosts, args=[json.dumps(plan)]) as job:
         for stage, new_hosts in enumerate(changes):
             if new_hosts is None:
                 continue

@@ -342,23 +342,30 @@ sys.exit(int(sys.argv[1]))
 
 
 @both
+@pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.usefixtures("nothing_left")
 class TestScripts:
-    def test_output_per_rank_and_exit_code(self, cluster: Cluster) -> None:
-        result = cluster.script(SCRIPT, ["0", "more"])
+    def test_output_per_rank_and_exit_code(self, cluster: Cluster, forked: bool) -> None:
+        result = cluster.script(SCRIPT, ["0", "more"], forked=forked)
         assert result.exit_code == 0, result
         assert [out.strip() for out in result.stdout] == [f"rank {rank} total 3.0 0 more" for rank in range(3)]
         assert all("to stderr" in err for err in result.stderr)
 
-    def test_a_failing_file(self, cluster: Cluster, tmp_path: Path) -> None:
+    def test_a_failing_file(self, cluster: Cluster, tmp_path: Path, forked: bool) -> None:
         file = tmp_path / "fails.py"
         file.write_text("raise SystemExit(5)")
-        assert cluster.script(file).exit_code != 0
+        assert cluster.script(file, forked=forked).exit_code != 0
+
+    def test_what_was_imported(self, cluster: Cluster, forked: bool) -> None:
+        result = cluster.script(
+            "import sys; print(__name__, 'torch' in sys.modules, sys.argv[1:])", ["a"], forked=forked
+        )
+        assert result.stdout == [f"__main__ {forked} ['a']\n"] * 3
 
     @pytest.mark.ranks(3, launcher="mpi")
-    def test_a_hanging_one(self, cluster: Cluster) -> None:
+    def test_a_hanging_one(self, cluster: Cluster, forked: bool) -> None:
         with pytest.raises(ClusterError, match=r"no end after 4 s[\s\S]*rank 0: stdout\nI was here"):
-            cluster.script("import time; print('I was here', flush=True); time.sleep(1000)", timeout=4)
+            cluster.script("import time; print('I was here', flush=True); time.sleep(1000)", timeout=4, forked=forked)
 
 
 # --- the marks

@@ -40,9 +40,10 @@ What a test gets: `cluster`
 - `cluster.run(fn, *args, timeout=None, fresh=False, **kwargs)` calls `fn(*args, **kwargs)` on every rank and returns
   the return values in rank order. `fn`, arguments and results travel by cloudpickle: closures, lambdas, helpers of the
   same test module, tensors and arrays are all fine. Assertions inside `fn` work as in any test.
-- `cluster.script(path_or_source, args=(), timeout=None, env=None)` runs a program as the job itself: a `Path`, or a
-  `str` holding the source. Returns a `ScriptResult`: `exit_code`, `stdout` and `stderr` (one string per rank), `log`
-  (the launcher's own output), `seconds`. A non-zero exit code is a result; only a timeout raises.
+- `cluster.script(path_or_source, args=(), timeout=None, env=None, forked=False)` runs a program as the job itself: a
+  `Path`, or a `str` holding the source. Returns a `ScriptResult`: `exit_code`, `stdout` and `stderr` (one string per
+  rank), `log` (the launcher's own output), `seconds`. A non-zero exit code is a result; only a timeout raises.
+- `cluster.elastic(path_or_source, folder, hosts=...)` is a job whose ranks come and go; see `elastic.py`.
 
 What `fn` can use, on every launcher: `harness.rank()`, `harness.size()`, `harness.launcher()`, `harness.gather(value)`
 (a list of every rank's value, on every rank: through mpi4py under "mpi", else through the test process),
@@ -53,7 +54,8 @@ Processes are reused. The ranks stay up for the next test that wants the same la
 and tests are sorted to make that the common case; at most one such pool is alive. So a function must leave no
 collective in flight, and one that leaves other traces (hvd.shutdown(), a changed default dtype, a process set) asks for
 `fresh=True`: new processes, ended afterwards. Importing a framework takes seconds, so ranks are forked from a process
-that has done it (`template.py`); scripts import by themselves, as users' do.
+that has done it (`template.py`), and so are elastic workers. Scripts import by themselves, as users' do, unless they
+are to be `forked`, too.
 
 With `--streams 2`, as in `make test`, two pytest processes share the tests, each with a pool of its own (`streams.py`):
 while one waits for processes to start or for a network, the other's tests run.

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import cloudpickle
 
 from harness import processes
+from harness.elastic import ElasticJob
 from harness.errors import ClusterError
 from harness.launchers import IMPORTED, LAUNCHERS, environment
-from harness.pool import START, Job, Pool, Spec, section
+from harness.pool import Job, Pool, Spec, section, start_of_ranks
 from harness.template import Template
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ class Pools:
             pool, self._pool = self._pool, None
             return pool
         self.close()
-        return Pool(spec, self.folder(spec), self._templates_for(spec))
+        return Pool(spec, self.folder(spec), self.templates_for(spec))
 
-    def _templates_for(self, spec: Spec) -> list[str]:
+    def templates_for(self, spec: Spec) -> list[str]:
         """The addresses of the two templates of such a pool's ranks; none if these are to import by themselves."""
         launcher = LAUNCHERS[spec.launcher]
         modules = IMPORTED.get(spec.word, ()) if spec.word else launcher.imported
@@ -171,6 +172,7 @@ class Cluster:
         args: Sequence[str] = (),
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
+        forked: bool = False,
     ) -> ScriptResult:
         """A Python program as the job itself: a file (`Path`) or its source (`str`)."""
         __tracebackhide__ = True
@@ -181,11 +183,10 @@ class Cluster:
             file.write_text(program)
         else:
             file = program.resolve()
-        variable = LAUNCHERS[self._spec.launcher].rank_variable
-        keep = [sys.executable, str(START), "rank", variable, str(folder)]
+        start = start_of_ranks(self._spec, folder, self._pools.templates_for(self._spec) if forked else [])
         limit = self._timeout if timeout is None else timeout
         started = time.monotonic()
-        job = Job(self._spec, folder, [*keep, sys.executable, str(file), *args], env)
+        job = Job(self._spec, folder, [*start, str(file), *args], env)
         exit_code: int | None = None
         try:
             with suppress(TimeoutExpired):
@@ -200,6 +201,14 @@ class Cluster:
             where = f"{file.name} on {self.ranks} ranks under {self.launcher}"
             raise ClusterError(f"{where}: no end after {limit:g} s\n{result}")
         return result
+
+    def elastic(
+        self, program: Path | str, folder: Path, *, env: Mapping[str, str] | None = None, **options: Any
+    ) -> ElasticJob:
+        """An elastic job, whose workers are forked as the ranks are; see :mod:`harness.elastic`."""
+        self._pools.close()
+        templates = self._pools.templates_for(self._spec)
+        return ElasticJob(program, folder, env={**dict(self._spec.env), **(env or {})}, templates=templates, **options)
 
 
 def check_nothing_left() -> None:

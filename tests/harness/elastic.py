@@ -1,7 +1,5 @@
 """Elastic jobs: `horovodrun` with a list of hosts that a test changes while the job runs, and workers that it kills.
 
-    from harness.elastic import ElasticJob
-
     SCRIPT = '''
     import horovod.torch as hvd                          # or adacons_hvd.torch, adacons_hvd.tensorflow.keras, ...
     from harness.elastic import tell
@@ -18,8 +16,9 @@
     tell(done=True)
     '''
 
-    def test_a_host_leaves(tmp_path):
-        with ElasticJob(SCRIPT, tmp_path, hosts={"localhost": 2, "127.0.0.1": 1}) as job:
+    @pytest.mark.ranks(launcher="gloo")
+    def test_a_host_leaves(cluster, tmp_path):
+        with cluster.elastic(SCRIPT, tmp_path, hosts={"localhost": 2, "127.0.0.1": 1}) as job:
             job.wait_until(lambda told: any(fact.get("step") == 3 for fact in told), 60)
             job.hosts = {"localhost": 2}                 # the next commit on each worker notices
             result = job.result(60)
@@ -43,15 +42,15 @@ an exact place does it by itself: `os.kill(os.getpid(), signal.SIGKILL)`. `resul
 job; if that does not come in time, or `wait_until` is in vain, ClusterError is raised with everybody's output. At the
 end of the `with` block every process of the job is ended.
 
-Costs: some seconds until the first step, most of them for importing the framework; and where a worker is killed, up to
-HOROVOD_GLOO_TIMEOUT_SECONDS (here 20) until those notice who did not wait for it, but for others that did.
+Workers are forked, as functions' ranks are, from a process that has imported what the `ranks` mark says. Where one is
+killed, it takes up to HOROVOD_GLOO_TIMEOUT_SECONDS (here 20) until those notice who did not wait for it, but for others
+that did.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ from typing import Any
 
 from harness import processes
 from harness.errors import ClusterError
-from harness.pool import START, Job, Spec, section
+from harness.pool import Job, Spec, section, start_of_ranks
 
 HOSTS = ("localhost", "127.0.0.1", "127.1", "127.0.1")
 FOLDER = "HARNESS_ELASTIC_FOLDER"
@@ -108,6 +107,7 @@ class ElasticJob(Job):
         max_ranks: int | None = None,
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        templates: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self._hosts_file = folder / "hosts"
@@ -120,7 +120,6 @@ class ElasticJob(Job):
         options = ["--host-discovery-script", str(script), "--network-interface", "lo", "--min-np", str(min_ranks)]
         if max_ranks is not None:
             options += ["--max-np", str(max_ranks)]
-        keep = [sys.executable, str(START), "rank", "HOROVOD_RANK", str(folder)]
         own = {
             FOLDER: str(folder),
             # The launcher puts the hosts it starts with into a set, and goes by its order.
@@ -129,13 +128,10 @@ class ElasticJob(Job):
             "HOROVOD_GLOO_TIMEOUT_SECONDS": "20",
             "HOROVOD_ELASTIC_TIMEOUT": "60",
         }
+        spec = Spec("gloo", ranks or sum(hosts.values()))
+        start = start_of_ranks(spec, folder, templates)
         self._started = time.monotonic()
-        super().__init__(
-            Spec("gloo", ranks or sum(hosts.values())),
-            folder,
-            [*options, *keep, sys.executable, str(file), *args],
-            {**own, **(env or {})},
-        )
+        super().__init__(spec, folder, [*options, *start, str(file), *args], {**own, **(env or {})})
 
     @property
     def hosts(self) -> dict[str, int]:

@@ -47,6 +47,14 @@ class Spec:
         return "-".join(filter(None, parts))
 
 
+def start_of_ranks(spec: Spec, folder: Path, templates: Sequence[str] = ()) -> list[str]:
+    """What stands before a script, so that its output is kept, and it is forked from these templates if there are some."""
+    variable = LAUNCHERS[spec.launcher].rank_variable
+    if templates:
+        return [sys.executable, "-m", "harness.forked", variable, str(folder), *templates]
+    return [sys.executable, str(START), "rank", variable, str(folder), sys.executable]
+
+
 class Job:
     """A launcher and everything it starts."""
 

@@ -1,10 +1,10 @@
-"""A process that has imported what a pool's ranks need. A rank is forked from it, and so has nothing to import.
+"""A process that has imported what ranks need. A rank is forked from it, and so has nothing to import.
 
     python -m harness.template MODULE ...        a listening socket is its standard input
 
-The process that a launcher starts as a rank asks here for the one that runs functions, and becomes its watcher (see
-:mod:`harness.worker`). It sends its environment and arguments, and its output; it is told how the other one ended, and
-that one is killed when the watcher is gone.
+The process that a launcher starts as a rank asks here for the one that runs functions (:mod:`harness.worker`) or a
+script (:mod:`harness.forked`), and becomes its watcher. It sends its environment and arguments, and its output; it is
+told how the other one ended, and that one is killed when the watcher is gone.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import NoReturn
 
 from harness.start import die_with_parent
 
@@ -57,14 +58,34 @@ class Template:
         self._private.cleanup()
 
 
-def ask(address: str, arguments: list[str]) -> Connection:
-    """Have a process forked that becomes this rank's worker. The connection tells how it ends."""
+def ask(templates: Sequence[str], rank: int, module: str, *arguments: str) -> Callable[[], int]:
+    """Have a process forked that calls a module's ``work(*arguments)``; returns how to wait for its exit code.
+
+    Not all are forked from the same one, so that ranks differ in what Python draws when it starts: addresses, hashes of
+    texts.
+    """
     client = socket.socket(socket.AF_UNIX)
-    client.connect(address)
+    client.connect(templates[rank % len(templates)])
     socket.send_fds(client, [b"."], [1, 2])
     connection = Connection(client.detach())
-    connection.send((arguments, dict(os.environ), str(Path.cwd())))
-    return connection
+    connection.send(([module, *arguments], dict(os.environ), str(Path.cwd())))
+
+    def code() -> int:
+        try:
+            return int(connection.recv())
+        except EOFError:  # the template is gone, and so is who was forked from it
+            return -signal.SIGKILL
+
+    return code
+
+
+def end_like_it(code: int) -> NoReturn:
+    """End this process in the way that one with this exit code did, for the launcher to see."""
+    if code < 0:
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def main() -> None:
@@ -75,15 +96,12 @@ def main() -> None:
     # What was imported is there to stay, so collections need not touch it, which would copy it in every rank.
     gc.collect()
     gc.freeze()
-    arguments = serve(listener)
-
-    from harness import worker
-
-    worker.work(*arguments)
+    module, *arguments = serve(listener)
+    importlib.import_module(module).work(*arguments)
 
 
 def serve(listener: socket.socket) -> list[str]:
-    """Fork whenever somebody asks. Returns, with the arguments of a worker, in the new processes alone."""
+    """Fork whenever somebody asks. Returns, with what was asked for, in the new processes alone."""
     # By what becomes readable when it ends: its process number, and who wants to know.
     children: dict[int, tuple[int, Connection]] = {}
     while True:

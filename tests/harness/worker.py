@@ -36,8 +36,7 @@ def main() -> None:
     keep_output(Path(folder), rank)
     arguments = [address, str(rank), size, launcher, folder]
     if templates:
-        # Not all from the same, so that ranks differ in what Python draws when it starts: addresses, hashes of texts.
-        how_it_ends = template.ask(templates[rank % len(templates)], arguments).recv
+        how_it_ends = template.ask(templates, rank, "harness.worker", *arguments)
     else:
         child = os.fork()
         if not child:
@@ -82,17 +81,10 @@ def watch(how_it_ends: Callable[[], int], rank: int, address: str) -> NoReturn:
             os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=end_when_test_process_ends, daemon=True).start()
-    try:
-        code = how_it_ends()
-    except EOFError:  # the template is gone, and so is the worker
-        code = -signal.SIGKILL
+    code = how_it_ends()
     with contextlib.suppress(OSError):  # The test process ended first, then.
         connection.send(code)
-    if code < 0:
-        if -code not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
+    template.end_like_it(code)
 
 
 def serve(connection: Connection) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from elastic_training import check_commits, resampled
-from harness.elastic import ElasticJob
+from keras_job import ON_TORCH
 
 # Two batches make a step, and the loss is scaled: both are matters that all workers must begin alike.
 SCRIPT = """
@@ -76,10 +76,19 @@ tell(done=True)
 """
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
-def test_workers_come_die_and_go(tmp_path, backend):
+@pytest.mark.ranks(launcher="gloo", pool="tensorflow")
+def test_workers_come_die_and_go(cluster, tmp_path):
+    workers_come_die_and_go(cluster, tmp_path)
+
+
+@pytest.mark.ranks(launcher="gloo", **ON_TORCH)
+def test_workers_come_die_and_go_on_torch(cluster, tmp_path):
+    workers_come_die_and_go(cluster, tmp_path)
+
+
+def workers_come_die_and_go(cluster, tmp_path):
     hosts = {"localhost": 2}
-    with ElasticJob(SCRIPT, tmp_path, hosts=hosts, env={"KERAS_BACKEND": backend}) as job:
+    with cluster.elastic(SCRIPT, tmp_path, hosts=hosts) as job:
         for stage, changed in ((0, {"localhost": 2, "127.0.0.1": 1}), (2, {"localhost": 1})):
             job.wait_until(lambda told: any(f["count"] == 4 for f in stages_of(told).get(stage, [])), 240)  # noqa: B023
             job.hosts = changed

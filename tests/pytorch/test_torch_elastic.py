@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 from elastic_training import check, check_commits, run
-from harness.elastic import ElasticJob
+
+pytestmark = pytest.mark.ranks(2, launcher="gloo")
 
 
-def test_a_worker_comes_the_leader_is_killed_and_another_leaves(tmp_path):
+def test_a_worker_comes_the_leader_is_killed_and_another_leaves(cluster, tmp_path):
     """Two workers, a third, SIGKILL for rank 0 between commits in the middle of a step, and a host less."""
     hosts = {"localhost": 1, "127.0.0.1": 1}
     sizes = [2, 3, 2, 1]
     changes = [{**hosts, "127.1": 1}, None, {"127.1": 1}]
-    told = run(tmp_path, hosts, sizes, deaths=[[1, 5, 0, 3, "backward"]], changes=changes)
+    told = run(cluster, tmp_path, hosts, sizes, deaths=[[1, 5, 0, 3, "backward"]], changes=changes)
     check_commits(told)
     assert check(told, sizes) == 2  # those since the last commit
     (report,) = [fact["report"] for fact in told if "report" in fact]
@@ -20,19 +21,23 @@ def test_a_worker_comes_the_leader_is_killed_and_another_leaves(tmp_path):
     assert "1 worker" in report["reason"]
 
 
-def test_without_an_aggregator(tmp_path):
+def test_without_an_aggregator(cluster, tmp_path):
     """From one worker to two, which Horovod's optimizer can do, and then back."""
     sizes = [1, 2, 1]
-    told = run(tmp_path, {"localhost": 1}, sizes, aggregator=False, changes=[{"localhost": 2}, {"localhost": 1}])
+    told = run(
+        cluster, tmp_path, {"localhost": 1}, sizes, aggregator=False, changes=[{"localhost": 2}, {"localhost": 1}]
+    )
     check_commits(told)
     assert check(told, sizes, aggregator=False) == 0
 
 
-def test_a_newcomer_that_leads_before_its_first_commit_goes_on_from_the_last_one(tmp_path):
+def test_a_newcomer_that_leads_before_its_first_commit_goes_on_from_the_last_one(cluster, tmp_path):
     """The newcomer keeps what it was given when it joined, which is all that is left of the commit."""
     hosts = {"localhost": 1}
     sizes = [1, 1]
-    told = run(tmp_path, hosts, sizes, deaths=[[1, 0, 0, 2, "backward"]], changes=[{"localhost": 1, "127.0.0.1": 1}])
+    told = run(
+        cluster, tmp_path, hosts, sizes, deaths=[[1, 0, 0, 2, "backward"]], changes=[{"localhost": 1, "127.0.0.1": 1}]
+    )
     check_commits(told)
     assert check(told, sizes) == 0
     final = [fact for fact in told if "done" in fact and fact["stage"] == 1]
@@ -75,9 +80,9 @@ train(hvd.elastic.TorchState(model=torch.nn.Linear(1, 1)))
 """
 
 
-def test_what_is_sent_while_a_worker_dies_comes_to_an_end(tmp_path):
+def test_what_is_sent_while_a_worker_dies_comes_to_an_end(cluster, tmp_path):
     """Horovod as released deadlocks here, or forgets what was sent last; see 0005-close-the-queue.patch."""
-    with ElasticJob(BUSY, tmp_path, hosts={"localhost": 1, "127.0.0.1": 1}) as job:
+    with cluster.elastic(BUSY, tmp_path, hosts={"localhost": 1, "127.0.0.1": 1}) as job:
         result = job.result(120)
     assert result.exit_code == 0, result
     (sent,) = [fact for fact in result.told if "sent" in fact]
@@ -86,44 +91,42 @@ def test_what_is_sent_while_a_worker_dies_comes_to_an_end(tmp_path):
     assert [fact["end"] for fact in result.told if "end" in fact] == [[1.0] * 20]
 
 
-@pytest.mark.ranks(2, launcher="gloo")
-class TestNumbering:
-    def test_optimizers_are_numbered_afresh_when_horovod_is_initialised_anew(self, cluster):
-        """One rank has used more optimizers than the other by then, as one that is older has."""
+def test_optimizers_are_numbered_afresh_when_horovod_is_initialised_anew(cluster):
+    """One rank has used more optimizers than the other by then, as one that is older has."""
 
-        def case():
-            import harness
-            import torch
-            from torch_job import assert_equal_bits
+    def case():
+        import harness
+        import torch
+        from torch_job import assert_equal_bits
 
-            import adacons_hvd.torch as hvd
-            from adacons_hvd import AdaCons
-            from adacons_hvd.torch.numbering import numbering
+        import adacons_hvd.torch as hvd
+        from adacons_hvd import AdaCons
+        from adacons_hvd.torch.numbering import numbering
 
-            def optimizer_of(weight):
-                return hvd.DistributedOptimizer(torch.optim.SGD([weight], lr=0.1), aggregator=AdaCons())
+        def optimizer_of(weight):
+            return hvd.DistributedOptimizer(torch.optim.SGD([weight], lr=0.1), aggregator=AdaCons())
 
-            hvd.init()
-            kept = torch.nn.Parameter(torch.ones(3))
-            optimizer = optimizer_of(kept)
-            for again in range(2):
-                other = torch.nn.Parameter(torch.ones(2))
-                second = optimizer_of(other)
-                for _ in range(2):
-                    ((kept * (1 + harness.rank())).sum() + other.sum()).backward()
-                    optimizer.step()
-                    second.step()
-                    optimizer.zero_grad()
-                    second.zero_grad()
-                if not again:
-                    if harness.rank() == 0:
-                        numbering.take(hvd.global_process_set.process_set_id)
-                    hvd.shutdown()
-                    # Over Gloo a rank that comes first finds the others' old addresses, and waits for them in vain.
-                    harness.gather(None)
-                    hvd.init()
-                    hvd.init()  # does nothing, also to numbers
-            assert_equal_bits([kept, other])
-            return optimizer._reducer.name, second._reducer.name, optimizer.report.steps
+        hvd.init()
+        kept = torch.nn.Parameter(torch.ones(3))
+        optimizer = optimizer_of(kept)
+        for again in range(2):
+            other = torch.nn.Parameter(torch.ones(2))
+            second = optimizer_of(other)
+            for _ in range(2):
+                ((kept * (1 + harness.rank())).sum() + other.sum()).backward()
+                optimizer.step()
+                second.step()
+                optimizer.zero_grad()
+                second.zero_grad()
+            if not again:
+                if harness.rank() == 0:
+                    numbering.take(hvd.global_process_set.process_set_id)
+                hvd.shutdown()
+                # Over Gloo a rank that comes first finds the others' old addresses, and waits for them in vain.
+                harness.gather(None)
+                hvd.init()
+                hvd.init()  # does nothing, also to numbers
+        assert_equal_bits([kept, other])
+        return optimizer._reducer.name, second._reducer.name, optimizer.report.steps
 
-        assert cluster.run(case, fresh=True) == [("adacons.0", "adacons.1", 4)] * 2
+    assert cluster.run(case, fresh=True) == [("adacons.0", "adacons.1", 4)] * 2

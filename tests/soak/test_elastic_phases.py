@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 from elastic_training import check, check_commits, run
 from phases import PHASES
 
 
-def test_one_worker_less_for_every_phase(tmp_path):
+@pytest.mark.ranks(launcher="gloo")
+def test_one_worker_less_for_every_phase(cluster, tmp_path):
     # So many names has this machine.
     hosts = dict.fromkeys(["localhost", "127.0.0.1", "127.1", "127.0.1", "0x7f.1", "2130706433"], 1)
     sizes = list(range(len(hosts), 0, -1))
     deaths = [[stage, 5, sizes[stage] - 1, sizes[stage], phase] for stage, phase in enumerate(PHASES)]
-    told = run(tmp_path, hosts, sizes, deaths=deaths, schedule="one-pass", seconds=400)
+    told = run(cluster, tmp_path, hosts, sizes, deaths=deaths, schedule="one-pass", seconds=400)
     check_commits(told)
     again = check(told, sizes)
     print(f"{len(deaths)} workers killed; {again} steps done again, none of them committed")

@@ -6,7 +6,6 @@ import numpy as np
 import oracle
 import pytest
 from elastic_training import check_commits, resampled
-from harness.elastic import ElasticJob
 
 # As in Horovod's own example, the function that takes a step is made once, whoever is there.
 SCRIPT = """
@@ -79,10 +78,11 @@ tell(end=True)
 """
 
 
+@pytest.mark.ranks(launcher="gloo", pool="tensorflow")
 @pytest.mark.parametrize("kept", ["keras", "variables"])
-def test_a_worker_comes_and_another_dies(tmp_path, kept):
+def test_a_worker_comes_and_another_dies(cluster, tmp_path, kept):
     hosts = {"localhost": 2}
-    with ElasticJob(SCRIPT, tmp_path, hosts=hosts, args=[kept]) as job:
+    with cluster.elastic(SCRIPT, tmp_path, hosts=hosts, args=[kept]) as job:
         job.wait_until(lambda told: any(f.get("size") == 2 and f.get("count") == 4 for f in told), 120)
         job.hosts = {**hosts, "127.0.0.1": 1}
         result = job.result(180)
