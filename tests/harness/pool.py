@@ -48,7 +48,7 @@ class Spec:
 
 
 def start_of_ranks(spec: Spec, folder: Path, templates: Sequence[str] = ()) -> list[str]:
-    """What stands before a script, so that its output is kept, and it is forked from these templates if there are some."""
+    """What stands before a script: its output is kept, and it is forked from these templates if there are some."""
     variable = LAUNCHERS[spec.launcher].rank_variable
     if templates:
         return [sys.executable, "-m", "harness.forked", variable, str(folder), *templates]
