@@ -100,8 +100,8 @@ LAUNCHERS: dict[str, Launcher] = {
 
 #: What ranks find imported in a pool with a word; nothing where it is another word.
 IMPORTED = {
-    "tensorflow": ("keras", "adacons_hvd.tensorflow.keras"),
-    "tf_keras": ("tf_keras", "adacons_hvd.tensorflow.keras"),
+    "tensorflow": ("keras", "adacons_hvd.tensorflow.keras", "harness.tensorflow"),
+    "tf_keras": ("tf_keras", "adacons_hvd.tensorflow.keras", "harness.tensorflow"),
     "keras-torch": ("torch._dynamo", "keras", "adacons_hvd.keras"),
 }
 
@@ -137,6 +137,8 @@ PROCESS_SETS = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
 
 # For `soak=` of a test on 2, 3 and 4 ranks: the pairs that are left when every run has each number and each launcher.
 OTHER_PAIRS = {"mpi": (3,), "gloo": (2, 4)}
+# And all but two ranks under mpirun, where `tests/conformance` has three ranks over Gloo do the same.
+MORE_RANKS = {"mpi": (3, 4), "gloo": (2, 3, 4)}
 
 
 def _package_folder() -> str:

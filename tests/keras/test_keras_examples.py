@@ -33,7 +33,7 @@ def test_ranks_end_with_the_same_weights_only_with_this_package(cluster, tmp_pat
     shutil.copy(SCRIPT, script)
     if ours:
         subprocess.run(["patch", "--fuzz=0", script, DIFF], check=True, timeout=10)
-    result = cluster.script(script)
+    result = cluster.script(script, forked=True)
     assert result.exit_code == 0, str(result)
     ends = {line.split(" ends at ")[1] for out in result.stdout for line in out.splitlines() if " ends at " in line}
     assert (len(ends) == 1) == ours

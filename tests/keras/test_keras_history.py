@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from keras_job import KERAS_2, ON_TORCH
 
-pytestmark = [pytest.mark.ranks(2, 3, 4, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(240)]
+pytestmark = [pytest.mark.ranks(3, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(240)]
 
 
 def beside_the_oracle() -> list[tuple[str, int]]:
@@ -120,7 +120,6 @@ def saved_and_frozen(folder: str) -> None:
     assert_equal_bits(model)
 
 
-@pytest.mark.ranks(3, launcher="mpi", pool="tensorflow")
 def test_a_saved_history_goes_on_and_a_foreign_one_begins_afresh(cluster, tmp_path):
     cluster.run(saved_and_frozen, str(tmp_path))
 

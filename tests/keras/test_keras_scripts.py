@@ -208,23 +208,26 @@ def train_with_callbacks(folder: str) -> list[str]:
     mine = f"{folder}/{harness.rank()}"
     average = hvd.callbacks.MetricAverageCallback
     lists = {
-        "LearningRateScheduler": lambda: [callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5)],
+        "what looks on": lambda: [
+            callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5),
+            callbacks.ModelCheckpoint(f"{mine}.keras", monitor="loss"),
+            callbacks.ModelCheckpoint(f"{mine}.weights.h5", save_weights_only=True, monitor="loss"),
+            callbacks.TerminateOnNaN(),
+            callbacks.BackupAndRestore(f"{mine}.backup"),
+            callbacks.CSVLogger(f"{mine}.csv"),
+            callbacks.History(),
+            callbacks.ProgbarLogger(),
+            callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None),
+        ],
         # What they decide by is averaged, so that all ranks decide alike.
         "ReduceLROnPlateau": lambda: [average(), callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=10.0)],
         "EarlyStopping": lambda: [
             average(),
             callbacks.EarlyStopping("loss", patience=1, min_delta=10.0, restore_best_weights=True),
         ],
-        "ModelCheckpoint": lambda: [callbacks.ModelCheckpoint(f"{mine}.keras", monitor="loss")],
-        "weights": lambda: [callbacks.ModelCheckpoint(f"{mine}.weights.h5", save_weights_only=True, monitor="loss")],
-        "TerminateOnNaN": lambda: [callbacks.TerminateOnNaN()],
-        "BackupAndRestore": lambda: [callbacks.BackupAndRestore(f"{mine}.backup")],
-        "CSVLogger": lambda: [callbacks.CSVLogger(f"{mine}.csv"), callbacks.History(), callbacks.ProgbarLogger()],
-        "LambdaCallback": lambda: [callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None)],
-        "SwapEMAWeights": lambda: [callbacks.SwapEMAWeights()],
     }
-    if not hasattr(callbacks, "SwapEMAWeights"):
-        del lists["SwapEMAWeights"]
+    if hasattr(callbacks, "SwapEMAWeights"):
+        lists["SwapEMAWeights"] = lambda: [callbacks.SwapEMAWeights()]
     for name, make in lists.items():
         ema = {"use_ema": True, "ema_momentum": 0.5} if name == "SwapEMAWeights" else {}
         optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, **ema))
@@ -235,10 +238,7 @@ def train_with_callbacks(folder: str) -> list[str]:
     return list(lists)
 
 
-CALLBACKS_OF_KERAS_2 = [
-    *("LearningRateScheduler", "ReduceLROnPlateau", "EarlyStopping", "ModelCheckpoint", "weights", "TerminateOnNaN"),
-    *("BackupAndRestore", "CSVLogger", "LambdaCallback"),
-]
+CALLBACKS_OF_KERAS_2 = ["what looks on", "ReduceLROnPlateau", "EarlyStopping"]
 CALLBACKS = [*CALLBACKS_OF_KERAS_2, "SwapEMAWeights"]
 
 

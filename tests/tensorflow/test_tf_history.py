@@ -102,7 +102,7 @@ def beside_the_oracle() -> list[int]:
     return fallbacks
 
 
-@pytest.mark.ranks(2, 3, 4, launcher="mpi", pool="tensorflow")
+@pytest.mark.ranks(2, 3, 4, launcher="mpi", soak={"mpi": (2, 4)}, pool="tensorflow")
 def test_aggregators_agree_with_their_oracles(cluster):
     assert cluster.run(beside_the_oracle) == [[0] * (9 if cluster.ranks == 2 else 10)] * cluster.ranks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness.launchers import OTHER_PAIRS
+from harness.launchers import MORE_RANKS
 
 pytestmark = pytest.mark.time_limit(300)
 
@@ -64,7 +64,7 @@ def train(steps: int, cases: list[Case], in_graph: bool, tolerance: float = 1e-5
     return len(cases)
 
 
-@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=OTHER_PAIRS, pool="tensorflow")
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=MORE_RANKS, pool="tensorflow")
 def test_gradients_in_a_graph_agree_with_the_oracle(cluster):
     cases: list[Case] = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
     cases += [(SETTINGS[1], {"schedule": "one-pass"}), (SETTINGS[2], {"schedule": "two-pass"})]
@@ -72,13 +72,13 @@ def test_gradients_in_a_graph_agree_with_the_oracle(cluster):
     assert cluster.run(train, 20, cases, True) == [len(cases)] * cluster.ranks
 
 
-@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=OTHER_PAIRS, pool="tensorflow")
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=MORE_RANKS, pool="tensorflow")
 def test_eager_gradients_agree_with_the_oracle(cluster):
     cases = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
     assert cluster.run(train, 20, cases, False) == [len(cases)] * cluster.ranks
 
 
-@pytest.mark.ranks(3, launcher=("mpi", "gloo"), pool="tensorflow")
+@pytest.mark.ranks(3, launcher="mpi", pool="tensorflow")
 def test_half_precision_messages(cluster):
     cases = [(SETTINGS[0], {"schedule": name, "compression": "fp16"}) for name in SCHEDULES]
     assert cluster.run(train, 5, cases, True, 5e-3) == [3] * 3
