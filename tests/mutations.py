@@ -243,6 +243,49 @@ MUTATIONS = [
         "if False:",
         "tests/pytorch/test_torch_elastic.py -k numbered",
     ),
+    # --- elastic jobs ---
+    Mutation(
+        "the momentum is read at another number of workers",
+        "aggregators/adacons.py",
+        'return {**memory, "curve": resample(memory["curve"], workers)}',
+        'return {**memory, "curve": resample(0 * memory["curve"], workers)}',
+        "tests/conformance/test_elastic.py -k pytorch",
+    ),
+    Mutation(
+        "a commit has the whole history in PyTorch",
+        "torch/elastic.py",
+        'getattr(self.value, "gather_history", lambda: None)()',
+        "pass",
+        "tests/conformance/test_elastic.py -k pytorch",
+    ),
+    Mutation(
+        "a commit has the whole history of tapes",
+        "engine/elastic.py",
+        "memory.gather_history()",
+        "pass",
+        "tests/conformance/test_elastic.py -k tapes",
+    ),
+    Mutation(
+        "going back to a commit takes back what was learnt since",
+        "engine/elastic.py",
+        "                library.assign(variable, value)\n            self._load_states()",
+        "                library.assign(variable, value)",
+        "tests/conformance/test_elastic.py -k keras",
+    ),
+    Mutation(
+        "newcomers are told what is remembered",
+        "engine/elastic.py",
+        "share_memories(library, self._memories(), 0)",
+        "pass",
+        "tests/conformance/test_elastic.py",
+    ),
+    Mutation(
+        "a newcomer that leads goes on from what it was given",
+        "torch/elastic.py",
+        "        super().sync()\n        self.save()",
+        "        super().sync()",
+        "tests/pytorch/test_torch_elastic.py -k newcomer",
+    ),
     # --- DDP and FSDP ---
     Mutation(
         "memories are repaired in DDP",

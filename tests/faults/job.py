@@ -1,71 +1,92 @@
-"""A small training job that something happens to. Run by the launcher, once per fault.
+"""A small training job of any binding, that something happens to. Run by the launcher, once per fault.
 
     python job.py PLAN         # PLAN is JSON, see the defaults below
 
-Which rank it happens to, in which step and in which phase of it, is the plan's. Rank 0 of a job that ends well prints
-`finished` and a digest of the parameters, which must be the one of a job that nothing happened to.
+Which rank it happens to, in which step and in which phase of it, is the plan's. A rank whose job ends well prints
+`finished` and a digest of the parameters, which must be that of a training to which nothing happened.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
-import torch
+from harness.inside import Place, enter
 from phases import watch
 
-import adacons_hvd.torch as hvd
-
 PLAN = {
-    "phase": None,  # one of phases.PHASES
-    "what": "kill",  # "kill", "stop" (until somebody sends SIGCONT) or a number of seconds to sleep
+    "binding": "with_torch",  # a module of tests/conformance
+    "phase": None,  # "between steps"; in PyTorch "optimizer step", too, and over Horovod one of phases.PHASES
+    "what": "kill",  # "kill", "stop" (for good), "pause" (to be stopped for two seconds) or how long to sleep
     "rank": 1,
     "step": 3,
     "steps": 6,
     "pause": 0.0,  # seconds after every step
+    "again": False,  # whether to train a second time, to which nothing happens
     "env": {},  # for Horovod; horovodrun overrides some of what it is given
 } | json.loads(sys.argv[1])
-
+RANK = int(next(os.environ[name] for name in ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "RANK") if name in os.environ))
 os.environ.update(PLAN["env"])
-hvd.init()
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 3))
 step = 0
 
 
 def reached(phase):
-    if (phase, step, hvd.rank()) != (PLAN["phase"], PLAN["step"], PLAN["rank"]):
+    if (phase, step, RANK) != (PLAN["phase"], PLAN["step"], PLAN["rank"]):
         return
     print(f"{phase}: {PLAN['what']}", flush=True)
     if PLAN["what"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif PLAN["what"] == "stop":
+    elif PLAN["what"] in ("stop", "pause"):
+        if PLAN["what"] == "pause":
+            subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
         time.sleep(PLAN["what"])
 
 
-class Inner(torch.optim.SGD):
-    def step(self, closure=None):
-        reached("optimizer step")
-        return super().step(closure)
+def watched_sgd():
+    """The name of an optimizer of PyTorch that says when it takes its step."""
+    import torch
+
+    class WatchedSGD(torch.optim.SGD):
+        def step(self, closure=None):
+            reached("optimizer step")
+            return super().step(closure)
+
+    torch.optim.WatchedSGD = WatchedSGD
+    return WatchedSGD.__name__
 
 
-watch(reached)
-optimizer = hvd.DistributedOptimizer(
-    Inner(model.parameters(), lr=0.01), model.named_parameters(), aggregator=hvd.AdaCons(), schedule="one-pass"
-)
-# The first layer's gradient is the last that backward computes.
-model[0].bias.register_hook(lambda gradient: reached("backward"))
-draw = torch.Generator().manual_seed(hvd.rank())
-for step in range(PLAN["steps"]):
-    optimizer.zero_grad()
-    x = torch.randn(16, 20, generator=draw)
-    (model(x) - 4 - x.sum(1, keepdim=True)).square().mean().backward()
-    optimizer.step()
-    print(f"step {step} at {time.time()}", flush=True)
-    time.sleep(PLAN["pause"])
-bits = hashlib.sha256(repr([p.tolist() for p in model.parameters()]).encode()).hexdigest()
-print("finished", bits, flush=True)
+sys.path.insert(0, str(Path(__file__).parents[1] / "conformance"))
+# By its rank a training has its gradients. What ranks tell each other here goes through the binding alone.
+enter(Place(RANK, 2, "", lambda value: [value]))
+binding = importlib.import_module(PLAN["binding"])
+of_pytorch = hasattr(binding, "of_torch")
+if PLAN["binding"] == "with_torch":
+    watch(reached)
+
+
+def train():
+    global step
+    training = binding.Training(optimizer=watched_sgd() if of_pytorch else binding.OPTIMIZERS[0])
+    if PLAN["binding"] == "with_torch":
+        # Of the parameters the first one's gradient is the last that backward computes.
+        training.parameters[0].register_hook(lambda gradient: reached("backward"))
+    for step in range(PLAN["steps"]):
+        reached("between steps")
+        training.step(step)
+        print(f"step {step} at {time.time()}", flush=True)
+        time.sleep(PLAN["pause"])
+    bits = hashlib.sha256(b"".join(value.tobytes() for value in training.values()))
+    print("finished", bits.hexdigest(), flush=True)
+
+
+train()
+if PLAN["again"]:
+    PLAN["phase"] = None
+    train()

@@ -2,112 +2,120 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import re
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from harness.launchers import ON_TORCH
 from phases import PHASES
 
 JOB = Path(__file__).with_name("job.py")
+#: What launchers say of a rank that was killed: which it was, and how it ended.
+KILLED = {
+    "mpi": r"process rank 1 .* exited on signal 9",
+    "gloo": r"Process 1 exit with status code 137",
+    "torchrun": r"local_rank: 1 .*|exitcode  : -9",
+}
 
 pytestmark = [pytest.mark.ranks(2, launcher=("mpi", "gloo")), pytest.mark.time_limit(90)]
 
 
 def run(cluster, **plan):
-    return cluster.script(JOB, [json.dumps(plan)])
+    return cluster.script(JOB, [json.dumps(plan)], forked=True)
 
 
-def digest(result):
-    """The digest of the parameters at the end, the same on every rank."""
+def changes_nothing_but_the_time(cluster, **plan):
+    """All ranks end with the same parameters, and so they do when nothing happens; how the job ended."""
+    result = run(cluster, again=True, **plan)
     assert result.exit_code == 0, result
-    digests = {re.search(r"^finished (\w+)$", out, re.MULTILINE)[1] for out in result.stdout}
-    assert len(digests) == 1, result
-    return digests.pop()
+    assert f"{plan['phase']}: {plan['what']}" in result.stdout[1]
+    ends = [re.findall(r"^finished (\w+)$", out, re.MULTILINE) for out in result.stdout]
+    assert [len(end) for end in ends] == [2, 2], result
+    assert len({bits for end in ends for bits in end}) == 1, result
+    return result
+
+
+def ends_everywhere(cluster, **plan):
+    """A rank that is killed ends the job, and the launcher says which it was."""
+    result = run(cluster, **plan)
+    assert f"{plan['phase']}: kill" in result.stdout[1]
+    assert result.exit_code != 0
+    assert not any("finished" in out for out in result.stdout), result
+    assert re.search(KILLED[cluster.launcher], result.log), result
+    assert result.seconds < 45
+
+
+class EveryBinding:
+    """Something happens to a rank while the other one has begun the step, or waits in it."""
+
+    binding: str
+    phase = "between steps"
+
+    def test_a_rank_that_is_killed_ends_the_job_everywhere(self, cluster):
+        ends_everywhere(cluster, binding=self.binding, phase=self.phase)
+
+    def test_a_rank_that_is_stopped_for_a_while_changes_nothing_but_the_time(self, cluster):
+        """By SIGSTOP, and two seconds later SIGCONT."""
+        plan = {"binding": self.binding, "phase": self.phase, "what": "pause"}
+        result = changes_nothing_but_the_time(cluster, **plan)
+        times = [float(t) for t in re.findall(r"^step \d+ at ([\d.]+)$", result.stdout[0], re.MULTILINE)]
+        assert max(after - before for before, after in itertools.pairwise(times[2:6])) > 1.5
+
+
+class TestPyTorch(EveryBinding):
+    binding = "with_torch"
+    phase = "first collective"
+
+
+@pytest.mark.ranks(2, launcher="torchrun")
+class TestDDP(EveryBinding):
+    binding = "with_ddp"
+    phase = "optimizer step"
+
+
+@pytest.mark.ranks(2, launcher="torchrun")
+class TestFSDP(EveryBinding):
+    binding = "with_fsdp"
+
+
+@pytest.mark.ranks(2, launcher="gloo", pool="tensorflow")
+class TestTapes(EveryBinding):
+    binding = "with_tapes"
+
+
+@pytest.mark.ranks(2, launcher="gloo", pool="tensorflow")
+class TestKeras(EveryBinding):
+    binding = "with_keras"
+
+
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
+class TestKerasOnTorch(EveryBinding):
+    binding = "with_keras"
 
 
 @pytest.mark.ranks(2, launcher="gloo")
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != TestPyTorch.phase])
 def test_a_rank_killed_in_any_phase_ends_the_job_everywhere(cluster, phase):
-    ends_everywhere(cluster, phase)
+    ends_everywhere(cluster, phase=phase)
 
 
 @pytest.mark.ranks(2, launcher="mpi")
-@pytest.mark.parametrize("phase", ["first collective", "optimizer step"])
-def test_a_rank_killed_under_mpi_ends_the_job_everywhere(cluster, phase):
-    ends_everywhere(cluster, phase)
-
-
-def ends_everywhere(cluster, phase):
-    result = run(cluster, phase=phase)
-    assert f"{phase}: kill" in result.stdout[1]
-    assert result.exit_code != 0
-    assert not any("finished" in out for out in result.stdout), result
-    # Both launchers name the process, and that it was killed.
-    expected = "exited on signal 9" if cluster.launcher == "mpi" else "Process 1 exit with status code 137"
-    assert expected in result.log, result
-    assert result.seconds < 45
+def test_a_rank_killed_in_the_optimizers_step_under_mpi(cluster):
+    ends_everywhere(cluster, phase="optimizer step")
 
 
 @pytest.mark.ranks(2, launcher="mpi")
 def test_a_slow_rank_changes_nothing_but_the_time(cluster):
     """Slower than the stall check's patience, which names the rank that others wait for."""
-    whole = digest(run(cluster))
     env = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1"}
     # In backward, and after it has told the others that it takes the step.
     for phase in ("backward", "scalars"):
-        slow = run(cluster, env=env, phase=phase, what=6.0)
-        assert digest(slow) == whole
+        slow = changes_nothing_but_the_time(cluster, env=env, phase=phase, what=6.0)
         everything = slow.log + "".join(slow.stderr)
         assert "One or more tensors were submitted to be reduced" in everything, slow
         assert re.search(r"^1: \[allreduce\.adacons\.0\.", everything, re.MULTILINE), slow
-
-
-def test_a_stopped_rank_that_goes_on_changes_nothing_but_the_time(cluster, tmp_path):
-    """SIGSTOP in the middle of a collective, and SIGCONT three seconds later."""
-    # The folder tells this job from another one that runs beside it.
-    plan = {"phase": "first collective", "what": "stop", "folder": str(tmp_path)}
-    continued = threading.Event()
-
-    def wake():
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not continued.wait(0.1):
-            for entry in Path("/proc").iterdir():
-                stopped = entry.name.isdigit() and state_of(entry) == "T" and str(tmp_path) in command_of(entry)
-                if stopped:
-                    time.sleep(3)
-                    os.kill(int(entry.name), signal.SIGCONT)
-                    return
-
-    thread = threading.Thread(target=wake)
-    thread.start()
-    try:
-        result = run(cluster, **plan)
-    finally:
-        continued.set()
-        thread.join()
-    assert "first collective: stop" in result.stdout[1]
-    times = [float(t) for t in re.findall(r"^step \d+ at ([\d.]+)$", result.stdout[0], re.MULTILINE)]
-    assert times[3] - times[2] > 2.5
-    digest(result)
-
-
-def state_of(entry):
-    try:
-        return (entry / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
-def command_of(entry):
-    try:
-        return (entry / "cmdline").read_text()
-    except OSError:
-        return ""
 
 
 @pytest.mark.ranks(2, launcher="gloo")

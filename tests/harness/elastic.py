@@ -43,7 +43,7 @@ job; if that does not come in time, or `wait_until` is in vain, ClusterError is 
 end of the `with` block every process of the job is ended.
 
 Workers are forked, as functions' ranks are, from a process that has imported what the `ranks` mark says. Where one is
-killed, it takes up to HOROVOD_GLOO_TIMEOUT_SECONDS (here 20) until those notice who did not wait for it, but for others
+killed, it takes up to HOROVOD_GLOO_TIMEOUT_SECONDS (here 12) until those notice who did not wait for it, but for others
 that did.
 """
 
@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,59 @@ def tell(**facts: Any) -> None:
     line = json.dumps({"host": host, "slot": slot, "pid": os.getpid(), "time": time.time(), **facts}) + "\n"
     with (Path(os.environ[FOLDER]) / f"{os.getpid()}.told").open("a", encoding="utf-8") as file:
         file.write(line)
+
+
+class Course:
+    """On a worker: how far an elastic job has come, which it tells, and where a worker is to die.
+
+    Stages are what lies between changes of the workers. The plan is the script's argument, as JSON: `sizes` of the
+    stages, and `deaths`, lists of a stage, how many steps of it have been done, a rank, the number of workers and a
+    phase. The course is over six steps into the last stage.
+    """
+
+    #: Of the job's state; give them to it.
+    FIELDS: Mapping[str, Any] = {"step": 0, "workers": None, "stage": -1, "count": 0}
+
+    def __init__(self, hvd: Any, bits: Callable[[], str]) -> None:
+        self.plan = json.loads(sys.argv[1])
+        self._hvd = hvd
+        self._bits = bits
+        self._state: Any = None
+
+    def enter(self, state: Any, workers: Any) -> None:
+        """Begin with this state, which is of another stage if it has been with other workers so far."""
+        self._state = state
+        tell(enter=state.step, bits=self._bits())
+        if workers != state.workers:
+            state.workers, state.stage, state.count = workers, state.stage + 1, 0
+
+    @property
+    def over(self) -> bool:
+        return [self._state.stage, self._state.count] == [len(self.plan["sizes"]) - 1, 6] or self._state.step >= 3000
+
+    def reached(self, phase: str) -> None:
+        """Die, if this is where."""
+        here = [self._state.stage, self._state.count, self._hvd.rank(), self._hvd.size(), phase]
+        if here in self.plan["deaths"]:
+            os.kill(os.getpid(), processes.signal.SIGKILL)
+
+    def _place(self) -> Fact:
+        return {"stage": self._state.stage, "rank": self._hvd.rank(), "size": self._hvd.size()}
+
+    def begin(self, **facts: Any) -> None:
+        """Tell that a step begins."""
+        tell(begun=self._state.step + 1, **self._place(), **facts)
+
+    def end(self, **facts: Any) -> bool:
+        """Tell that the step is done; whether the state is to be committed now, as it is after every second one."""
+        place = self._place()
+        self._state.step += 1
+        self._state.count += 1
+        tell(done=self._state.step, bits=self._bits(), **place, **facts)
+        commits: bool = self._state.step % 2 == 0
+        if commits:
+            tell(committing=self._state.step, bits=self._bits())
+        return commits
 
 
 @dataclass(frozen=True)
@@ -125,7 +179,7 @@ class ElasticJob(Job):
             # The launcher puts the hosts it starts with into a set, and goes by its order.
             "PYTHONHASHSEED": "0",
             # How long workers wait for one that is gone, or that is still starting; and the launcher for hosts.
-            "HOROVOD_GLOO_TIMEOUT_SECONDS": "20",
+            "HOROVOD_GLOO_TIMEOUT_SECONDS": "12",
             "HOROVOD_ELASTIC_TIMEOUT": "60",
         }
         spec = Spec("gloo", ranks or sum(hosts.values()))

@@ -131,6 +131,10 @@ def sleep_while_waiting(folder: Path) -> None:
         DEFAULTS["LD_PRELOAD"] = str(library)
 
 
+#: How tests reach Keras 3 on PyTorch and Keras 2 (arguments of a `ranks` mark); Keras 3 on TensorFlow has its own word.
+ON_TORCH = {"pool": "keras-torch", "env": {"KERAS_BACKEND": "torch"}}
+KERAS_2 = {"pool": "tf_keras", "env": {"TF_USE_LEGACY_KERAS": "1"}}
+
 #: For `env=` of a test that makes process sets after hvd.init(). Not for all: with it, two ranks on two cores over MPI
 #: at times take hundreds of milliseconds for a step.
 PROCESS_SETS = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}

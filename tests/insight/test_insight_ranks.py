@@ -12,6 +12,7 @@ import harness
 import insight_oracle
 import numpy as np
 import pytest
+from harness.launchers import ON_TORCH
 
 WORKERS, SICK, BEGIN, END, STEPS, RATE = 4, 2, 20, 60, 100, 0.125
 #: When the state is saved and loaded by another optimizer, while the worker is sick.
@@ -261,6 +262,6 @@ def test_with_tensorflow(cluster, binding):
     check(cluster.run(all_policies, binding))
 
 
-@pytest.mark.ranks(WORKERS, launcher="mpi", pool="keras-torch", env={"KERAS_BACKEND": "torch"})
+@pytest.mark.ranks(WORKERS, launcher="mpi", **ON_TORCH)
 def test_with_keras_on_torch(cluster):
     check(cluster.run(all_policies, "keras"))

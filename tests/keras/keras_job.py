@@ -10,10 +10,6 @@ from typing import Any
 import harness
 import numpy as np
 
-#: How tests reach Keras 3 on PyTorch and Keras 2 (arguments of a ``ranks`` mark); Keras 3 on TensorFlow needs nothing.
-ON_TORCH = {"pool": "keras-torch", "env": {"KERAS_BACKEND": "torch"}}
-KERAS_2 = {"pool": "tf_keras", "env": {"TF_USE_LEGACY_KERAS": "1"}}
-
 
 def keras_and_hvd() -> tuple[Any, Any]:
     """The Keras this process is for, and what of this package belongs to it, initialised."""

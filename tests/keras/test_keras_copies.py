@@ -8,7 +8,8 @@ import re
 from typing import Any
 
 import pytest
-from keras_job import KERAS_2, ON_TORCH, compiled, distributed, fit
+from harness.launchers import KERAS_2, ON_TORCH
+from keras_job import compiled, distributed, fit
 
 pytestmark = pytest.mark.time_limit(240)
 

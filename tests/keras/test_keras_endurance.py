@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import endurance
 import pytest
-from keras_job import ON_TORCH
+from harness.launchers import ON_TORCH
 
 pytestmark = pytest.mark.time_limit(120)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from keras_job import KERAS_2, ON_TORCH, apply, compiled, distributed, fit
+from harness.launchers import KERAS_2, ON_TORCH
+from keras_job import apply, compiled, distributed, fit
 
 pytestmark = pytest.mark.time_limit(240)
 

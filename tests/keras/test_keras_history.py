@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import pytest
-from keras_job import KERAS_2, ON_TORCH
+from harness.launchers import KERAS_2, ON_TORCH
 
 pytestmark = [pytest.mark.ranks(3, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(240)]
 

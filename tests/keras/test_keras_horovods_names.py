@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from keras_job import KERAS_2, compiled, fit
+from harness.launchers import KERAS_2
+from keras_job import compiled, fit
 
 pytestmark = [pytest.mark.ranks(2, launcher="gloo", **KERAS_2), pytest.mark.time_limit(240)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness.launchers import MORE_RANKS
+from harness.launchers import MORE_RANKS, ON_TORCH
 
 pytestmark = pytest.mark.time_limit(300)
 
@@ -35,9 +35,7 @@ def test_keras_3_on_tensorflow(cluster):
     assert cluster.run(train, "keras", SCHEDULES) == [SCHEDULES] * cluster.ranks
 
 
-@pytest.mark.ranks(
-    2, 3, 4, launcher=("mpi", "gloo"), soak=MORE_RANKS, pool="keras-torch", env={"KERAS_BACKEND": "torch"}
-)
+@pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=MORE_RANKS, **ON_TORCH)
 def test_keras_3_on_torch(cluster):
     def without_tensorflow(*arguments):
         import sys

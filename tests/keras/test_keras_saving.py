@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from keras_job import KERAS_2, ON_TORCH
+from harness.launchers import KERAS_2, ON_TORCH
 
 pytestmark = [pytest.mark.ranks(2, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(240)]
 

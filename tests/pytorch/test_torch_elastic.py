@@ -1,45 +1,27 @@
-"""Elastic jobs: workers come, leave and die, and nothing that was committed is lost."""
+"""Elastic jobs of PyTorch, beside what `tests/conformance` has of every binding."""
 
 from __future__ import annotations
 
 import pytest
-from elastic_training import check, check_commits, run
+from elastic_jobs import check, run
 
 pytestmark = pytest.mark.ranks(2, launcher="gloo")
-
-
-def test_a_worker_comes_the_leader_is_killed_and_another_leaves(cluster, tmp_path):
-    """Two workers, a third, SIGKILL for rank 0 between commits in the middle of a step, and a host less."""
-    hosts = {"localhost": 1, "127.0.0.1": 1}
-    sizes = [2, 3, 2, 1]
-    changes = [{**hosts, "127.1": 1}, None, {"127.1": 1}]
-    told = run(cluster, tmp_path, hosts, sizes, deaths=[[1, 5, 0, 3, "backward"]], changes=changes)
-    check_commits(told)
-    assert check(told, sizes) == 2  # those since the last commit
-    (report,) = [fact["report"] for fact in told if "report" in fact]
-    assert report["steps"] == max(fact["done"] for fact in told if "done" in fact)
-    assert "1 worker" in report["reason"]
 
 
 def test_without_an_aggregator(cluster, tmp_path):
     """From one worker to two, which Horovod's optimizer can do, and then back."""
     sizes = [1, 2, 1]
-    told = run(
-        cluster, tmp_path, {"localhost": 1}, sizes, aggregator=False, changes=[{"localhost": 2}, {"localhost": 1}]
-    )
-    check_commits(told)
-    assert check(told, sizes, aggregator=False) == 0
+    changes = [{"localhost": 2}, {"localhost": 1}]
+    told = run(cluster, "elastic_torch", tmp_path, {"localhost": 1}, sizes, aggregator=False, changes=changes)
+    assert check(told, sizes, ["average"] * 3) == 0
 
 
 def test_a_newcomer_that_leads_before_its_first_commit_goes_on_from_the_last_one(cluster, tmp_path):
     """The newcomer keeps what it was given when it joined, which is all that is left of the commit."""
-    hosts = {"localhost": 1}
-    sizes = [1, 1]
-    told = run(
-        cluster, tmp_path, hosts, sizes, deaths=[[1, 0, 0, 2, "backward"]], changes=[{"localhost": 1, "127.0.0.1": 1}]
-    )
-    check_commits(told)
-    assert check(told, sizes) == 0
+    hosts, sizes = {"localhost": 1}, [1, 1]
+    deaths, changes = [[1, 0, 0, 2, "backward"]], [{"localhost": 1, "127.0.0.1": 1}]
+    told = run(cluster, "elastic_torch", tmp_path, hosts, sizes, deaths=deaths, changes=changes)
+    assert check(told, sizes, ["momentum", "history", "no momentum"]) == 0
     final = [fact for fact in told if "done" in fact and fact["stage"] == 1]
     assert {fact["host"] for fact in final} == {"127.0.0.1"}
     assert min(fact["done"] for fact in final) > 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import endurance
 import pytest
+from harness.launchers import ON_TORCH
 
 pytestmark = pytest.mark.time_limit(1800)
 
@@ -29,7 +30,7 @@ def test_four_thousand_steps_of_eager_tapes(cluster):
     endure(cluster, endurance.tape, 4_000, False)
 
 
-@pytest.mark.ranks(2, launcher="gloo", pool="keras-torch", env={"KERAS_BACKEND": "torch"})
+@pytest.mark.ranks(2, launcher="gloo", **ON_TORCH)
 def test_four_thousand_steps_of_keras_on_torch(cluster):
     endure(cluster, endurance.keras, 4_000)
 
