@@ -7,7 +7,8 @@ rank and in every run, so `RANDOM_SEED=17 RANDOM_CASES=1` repeats what failed.
 
 A binding takes part by one module. `fitting(case)` is the case without what the binding does not have. `run(case)`
 trains, and has :func:`judged` compare ranks and hold all of them against the oracle. A `Training(options, optimizer)`
-takes steps one by one, and can be saved and loaded (`memory.py`); ranks may disagree about its `ARGUMENTS`.
+takes steps one by one, can be saved and loaded (`memory.py`), and its parameters assigned on one rank alone
+(`guards.py`); ranks may disagree about its `ARGUMENTS`.
 """
 
 from __future__ import annotations

@@ -149,6 +149,8 @@ DISAGREEMENTS = {
     "aggregator=AdaCons(scale='average')": "scale='average', nonfinite",
     "aggregator=AdaCons(nonfinite='raise')": "nonfinite='raise') on rank 1",
     "aggregator=Mean()": "Mean(nonfinite='propagate') on rank 1",
+    # Nothing else is of account then.
+    "aggregator=None": "aggregator: AdaCons(",
     "schedule='gather'": "schedule: one-pass on ranks 0, 2; gather on rank 1",
     "granularity='layer'": "granularity: model on ranks 0, 2; layer on rank 1",
     "granularity=[parameters[:1]]": "granularity: model on ranks 0, 2; explicit groups on rank 1",
@@ -161,6 +163,7 @@ DISAGREEMENTS = {
     "overlap=False": "overlap: True on ranks 0, 2; False on rank 1",
     "grad_scaler=torch.amp.GradScaler('cpu')": "grad_scaler: False on ranks 0, 2; True on rank 1",
     "check_replicas=10": "check_replicas: 100 on ranks 0, 2; 10 on rank 1",
+    "may_differ=parameters[:1]": "may_differ, first difference at number 0: none on ranks 0, 2; a on rank 1",
 }
 
 

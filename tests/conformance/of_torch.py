@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Sequence
+from string import ascii_lowercase
 from typing import Any
 
+import harness
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from cases import GIVEN, given_gradients
+from guards import TOGETHER, Stray
 
 #: What is remembered under another rank's lead is told by a warning.
 SAYS_WHO_LEADS = True
@@ -20,10 +25,11 @@ class Given(torch.nn.Module):
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         super().__init__()
-        self.all = torch.nn.ParameterList(parameters)
+        for name, p in zip(ascii_lowercase, parameters, strict=False):
+            self.register_parameter(name, p)
 
     def forward(self) -> list[torch.Tensor]:
-        return [p.clone() for p in self.all]
+        return [p.clone() for p in self.parameters()]
 
 
 def meet() -> None:
@@ -43,22 +49,29 @@ class Training:
 
     def plain(self, parameters: list[Any]) -> Any:
         """An optimizer that is not distributed."""
-        options = {"momentum": 0.9} if self.kind == "SGD" else {}
-        return getattr(torch.optim, self.kind)(parameters, lr=0.01, **options)
+        options = {"momentum": 0.9} if self.kind == "MomentumSGD" else {}
+        return getattr(torch.optim, self.kind.removeprefix("Momentum"))(parameters, lr=0.01, **options)
 
     def forward(self) -> list[torch.Tensor]:
         return [p.clone() for p in self.parameters]
 
     def step(self, number: int) -> None:
-        self.optimizer.zero_grad()
-        self.backward(number, self.forward())
+        self.backward(number)
         self.optimizer.step()
 
-    def backward(self, number: int, outputs: list[torch.Tensor]) -> None:
-        torch.autograd.backward(outputs, given_gradients(number))
+    def backward(self, number: int, through: Any = None, factor: float = 1.0) -> None:
+        """Make the gradients of this step, which are given, times a factor."""
+        self.optimizer.zero_grad()
+        outputs = (through or self.forward)()
+        torch.autograd.backward(outputs, [factor * gradient for gradient in given_gradients(number)])
 
     def values(self) -> list[np.ndarray]:
         return [p.detach().numpy().copy() for p in self.parameters]
+
+    def assign(self, values: Sequence[Any]) -> None:
+        with torch.no_grad():
+            for p, value in zip(self.parameters, values, strict=True):
+                p.copy_(torch.as_tensor(value))
 
     @property
     def report(self) -> Any:
@@ -75,9 +88,7 @@ class Training:
 
     def load(self, saved: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(self.with_memory(saved))
-        with torch.no_grad():
-            for p, value in zip(self.parameters, saved["values"], strict=True):
-                p.copy_(value)
+        self.assign(saved["values"])
 
     def with_memory(self, saved: dict[str, Any]) -> dict[str, Any]:
         """The optimizer's state; a copy, because optimizers share what they load."""
@@ -106,3 +117,13 @@ class ModelTraining(Training):
     def forward(self) -> list[torch.Tensor]:
         outputs: list[torch.Tensor] = self.model()
         return outputs
+
+
+def along_refused_gradients(training: Any, number: int) -> None:
+    """The aggregator has refused them, so they are not aggregated."""
+    with pytest.raises(FloatingPointError, match="the gradient of rank 1 holds NaN or infinity"):
+        training.backward(number, factor=float("inf") if harness.rank() == 1 else 1.0)
+    training.optimizer.step()
+
+
+REFUSED = Stray(along_refused_gradients, "the last backward() failed", (TOGETHER,))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import harness
 import numpy as np
 import of_torch
 import torch
+import torch.distributed as dist
 from cases import Case, Options, Seen, array, gradient, judged, no_options, pick
+from guards import ALONE, Stray
 from of_torch import Given
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,7 +64,7 @@ def run(case: Case) -> Counter[str]:
 
 
 #: The arguments of which ranks may disagree.
-ARGUMENTS = {"aggregator", "schedule", "granularity", "grad_scaler"}
+ARGUMENTS = {"aggregator", "schedule", "granularity", "grad_scaler", "check_replicas", "may_differ"}
 
 
 OPTIMIZERS = ("Adam",)
@@ -75,10 +78,61 @@ class Training(of_torch.ModelTraining):
 
     def __init__(self, options: Options = no_options, optimizer: str = "Adam") -> None:
         super().__init__(optimizer)
-        self.model = DistributedDataParallel(Given(self.parameters))
+        # A group of its own, because a message that others wait for in vain leaves it of no use.
+        group = dist.new_group(timeout=timedelta(seconds=20))
+        self.model = DistributedDataParallel(Given(self.parameters), process_group=group)
         self.optimizer = self.plain(self.parameters)
         given = {"aggregator": AdaCons(momentum=0.9), "schedule": "one-pass", **options(self.parameters)}
         adacons_hvd.ddp.attach(self.model, self.optimizer, **given)
+
+    def until_all_are_out_of_data(self) -> Any:
+        return self.model.join()
+
+
+def through_the_module(training: Training, number: int) -> None:
+    training.backward(number, training.model.module)
+    training.optimizer.step()
+
+
+def under_no_sync(training: Training, number: int) -> None:
+    with training.model.no_sync():
+        training.backward(number)
+    training.optimizer.step()
+
+
+def more_after_the_aggregation(training: Training, number: int) -> None:
+    training.backward(number)
+    sum(output.sum() for output in training.model.module()).backward()
+    training.optimizer.step()
+
+
+def in_a_closure(training: Training, number: int) -> None:
+    training.optimizer.step(lambda: training.backward(number, training.model.module))
+
+
+def in_a_compiled_step(training: Training, number: int) -> None:
+    compiled = torch.compile(lambda: training.optimizer.step(), backend="eager")
+    training.step(number)
+    compiled()  # along the same gradients once more: no harm
+    training.backward(number, training.model.module)
+    compiled()
+
+
+NOT_AGGREGATED = "the last backward() failed, ran under no_sync(), or went through the module inside"
+STRAYS = {
+    "through the module": Stray(through_the_module, NOT_AGGREGATED),
+    "under no_sync": Stray(under_no_sync, NOT_AGGREGATED),
+    "along refused gradients": of_torch.REFUSED,
+    # Ranks have taken a step together before.
+    "more after the aggregation": Stray(more_after_the_aggregation, NOT_AGGREGATED, (ALONE,), untouched=False),
+    "in a closure": Stray(in_a_closure, NOT_AGGREGATED, (ALONE,), untouched=False),
+    "in a compiled step": Stray(in_a_compiled_step, NOT_AGGREGATED, (ALONE,), untouched=False),
+}
+TELLS_HOW, COMPARES_AVERAGED = True, False
+#: Others have waited in vain for its messages, so DDP is in the middle of a step.
+OUTLIVES_A_RANK = False
+FOUND = 2
+OUT_OF_DATA_IS_TOLD = True
 
 
 def _backward(model: Any, gradients: list[Any], last: bool) -> str:

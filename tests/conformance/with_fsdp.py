@@ -1,4 +1,4 @@
-"""PyTorch's fully_shard() has its checkpoints held against what every binding must do; it takes no cases."""
+"""PyTorch's fully_shard() is held against what every binding must do, but for cases, of which it takes none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import adacons_hvd.fsdp
 from adacons_hvd import AdaCons
 
 ARGUMENTS = {"aggregator", "grad_scaler"}
-OPTIMIZERS = ("SGD", "Adam")
+OPTIMIZERS = ("MomentumSGD", "Adam")
 ROUNDING = 0.0
 SAYS_WHO_LEADS = of_torch.SAYS_WHO_LEADS
 
@@ -58,3 +58,11 @@ class Training(of_torch.ModelTraining):
             unit = {name: value.tolist() for name, value in memory.items()}
             state["param_groups"][0]["adacons"] = json.dumps({**text, "units": {"(root)": unit}})
         return state
+
+
+STRAYS = {"along refused gradients": of_torch.REFUSED}
+TELLS_HOW = True
+#: No rank can stray alone.
+OUTLIVES_A_RANK = False
+#: Each rank holds a shard, and there are no replicas to compare.
+FOUND = None

@@ -10,7 +10,10 @@ import cases
 import harness
 import keras
 import numpy as np
-from cases import GIVEN, Case, Options, Seen, no_options
+import of_keras
+from cases import Case, Seen
+from guards import Stray
+from of_keras import ANOTHER, AROUND, recompiled
 
 import adacons_hvd.keras as hvd
 from adacons_hvd import AdaCons
@@ -59,69 +62,62 @@ def run(case: Case) -> Counter[str]:
             seen[step] = Seen(error) if error else Seen.of(found, optimizer.report)
             for variable in variables:
                 variable.assign(keras.ops.zeros_like(variable))
-        _join()
+        Training.join()
     memory = optimizer._adacons.exchange.state_dict()
     return cases.judged(case, raw, seen, [_array(v) for v in variables], memory)
 
 
-#: The arguments of which ranks may disagree.
-ARGUMENTS = {"aggregator", "granularity", "groups", "compression", "sparse_as_dense", "check_replicas", *OPTIONS}
+ARGUMENTS = of_keras.ARGUMENTS
 FP16 = hvd.Compression.fp16
 
 
 OPTIMIZERS = ("Adam",)
 ROUNDING = 0.0
-#: A graph says nothing.
-SAYS_WHO_LEADS = keras.backend.backend() == "torch"
 
 
-class Training:
+class Training(of_keras.Training):
     """A training with these options, which are told of the variables."""
 
-    def __init__(self, options: Options = no_options, optimizer: str = "Adam") -> None:
-        hvd.init()
-        self.kind = optimizer
-        named = zip("ab", GIVEN.shapes, strict=True)
-        self.variables = [keras.Variable(np.ones(s), dtype="float64", name=n) for n, s in named]
-        given = {"aggregator": AdaCons(momentum=0.9), "schedule": "one-pass", **options(self.variables)}
-        self.optimizer = hvd.DistributedOptimizer(self.plain(), **given)
+    keras, hvd = keras, hvd
+    tensor = staticmethod(keras.ops.convert_to_tensor)
 
-    def plain(self) -> Any:
-        """An optimizer that is not distributed."""
-        optimizer = getattr(keras.optimizers, self.kind)(0.01)
-        optimizer.build(self.variables)
-        return optimizer
+    @staticmethod
+    def variable(value: np.ndarray, name: str) -> Any:
+        return keras.Variable(value, dtype="float64", name=name)
 
-    def step(self, number: int) -> None:
-        pairs = zip(cases.given_gradients(number), self.variables, strict=True)
-        self.optimizer.apply([_tensor(gradient, v) for gradient, v in pairs], self.variables)
+    @staticmethod
+    def join() -> None:
+        if keras.backend.backend() == "torch":
+            import adacons_hvd.torch as binding
+        else:
+            import adacons_hvd.tensorflow as binding
+        binding.join()
 
-    def values(self) -> list[np.ndarray]:
-        return [keras.ops.convert_to_numpy(v).copy() for v in self.variables]
 
-    @property
-    def report(self) -> Any:
-        return self.optimizer.report
+def step_of_the_class(training: Training, number: int) -> None:
+    """As something kept it from before the optimizer was distributed."""
+    keras.optimizers.SGD.apply(training.optimizer, *training.given(number))
 
-    def save(self) -> dict[str, Any]:
-        """All there is, and by itself what the aggregator remembers."""
-        own: dict[str, Any] = {}
-        self.optimizer.save_own_variables(own)
-        return {"values": self.values(), "optimizer": own, "memory": self.optimizer._adacons.exchange.state_dict()}
 
-    def load(self, saved: dict[str, Any]) -> None:
-        if saved["memory"]:
-            self.optimizer._adacons.exchange.load_state_dict(saved["memory"])
-        self.optimizer.load_own_variables(saved["optimizer"])
-        for variable, value in zip(self.variables, saved["values"], strict=True):
-            variable.assign(value)
+def compiled_step(training: Training, number: int) -> None:
+    import torch
 
-    def through_plain(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The state of a plain optimizer that has loaded this one."""
-        plain, own = self.plain(), {}
-        plain.load_own_variables(saved["optimizer"])
-        plain.save_own_variables(own)
-        return {**saved, "optimizer": own, "memory": {}}
+    torch.compile(lambda: step_of_the_class(training, number), backend="eager")()
+
+
+ON_TORCH = keras.backend.backend() == "torch"
+STRAYS = {
+    "step of the class": Stray(step_of_the_class, AROUND),
+    # The part of a step that comes after the aggregation.
+    "inner step": Stray(lambda t, n: t.optimizer._backend_apply_gradients(*t.given(n)), AROUND),
+    "plain optimizer": Stray(lambda t, n: keras.optimizers.Adam(0.1).apply(*t.given(n)), ANOTHER),
+    "recompiled": Stray(recompiled, ANOTHER),
+    **({"compiled step": Stray(compiled_step, AROUND)} if ON_TORCH else {}),
+}
+TELLS_HOW = SAYS_WHO_LEADS = ON_TORCH
+COMPARES_AVERAGED = OUTLIVES_A_RANK = True
+FOUND = 2 if ON_TORCH else 1
+OUT_OF_DATA_IS_TOLD = False
 
 
 def _apply(optimizer: Any, gradients: list[Any], variables: list[Any]) -> str:
@@ -142,11 +138,3 @@ def _array(tensor: Any) -> np.ndarray:
     """As float64 numbers."""
     array: np.ndarray = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float64")).reshape(-1).copy()
     return array
-
-
-def _join() -> None:
-    if keras.backend.backend() == "torch":
-        import adacons_hvd.torch as binding
-    else:
-        import adacons_hvd.tensorflow as binding
-    binding.join()

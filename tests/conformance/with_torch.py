@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -10,6 +12,7 @@ import harness
 import of_torch
 import torch
 from cases import Case, Options, Seen, array, gradient, judged, no_options, pick
+from guards import Stray
 
 import adacons_hvd.torch as hvd
 from adacons_hvd.collectives.shared import memory_device
@@ -69,13 +72,13 @@ def _run(case: Case) -> Counter[str]:
 #: The arguments of which ranks may disagree.
 ARGUMENTS = {
     *("aggregator", "schedule", "granularity", "groups", "compression", "bucket_bytes", "sparse_as_dense"),
-    *("gradient_predivide_factor", "overlap", "grad_scaler", "check_replicas"),
+    *("gradient_predivide_factor", "overlap", "grad_scaler", "check_replicas", "may_differ"),
 }
 FP16 = hvd.Compression.fp16
 
 
 #: Not NAdam, whose float32 product PyTorch loads as float64 where parameters are; see test_torch_optimizer.py.
-OPTIMIZERS = ("SGD", "AdamW", "RMSprop", "Adagrad", "Adam")
+OPTIMIZERS = ("MomentumSGD", "AdamW", "RMSprop", "Adagrad", "Adam")
 ROUNDING = 0.0
 SAYS_WHO_LEADS = of_torch.SAYS_WHO_LEADS
 
@@ -87,7 +90,37 @@ class Training(of_torch.Training):
         super().__init__(optimizer)
         hvd.init()
         given = {"aggregator": hvd.AdaCons(momentum=0.9), "schedule": "one-pass", **options(self.parameters)}
-        self.optimizer = hvd.DistributedOptimizer(self.plain(self.parameters), **given)
+        plain = self.plain(self.parameters)
+        #: As a profiler or a trainer may keep it.
+        self.kept_step = plain.step
+        self.optimizer = hvd.DistributedOptimizer(plain, zip("ab", self.parameters, strict=True), **given)
+
+    def until_all_are_out_of_data(self) -> Any:
+        end = ExitStack()
+        end.callback(hvd.join)
+        return end
+
+
+def after_backward(step: Callable[[Training], Any]) -> Callable[[Training, int], None]:
+    def take(training: Training, number: int) -> None:
+        training.backward(number)
+        step(training)
+
+    return take
+
+
+AROUND = "something called SGD.step() instead of the distributed optimizer's step"
+ANOTHER = "Adam, an optimizer that is not distributed, was used for parameters of the distributed one"
+STRAYS = {
+    "kept step": Stray(after_backward(lambda t: t.kept_step()), AROUND),
+    "step of the class": Stray(after_backward(lambda t: torch.optim.SGD.step(t.optimizer)), AROUND),
+    "compiled step": Stray(after_backward(lambda t: torch.compile(t.kept_step, backend="eager")()), AROUND),
+    "plain optimizer": Stray(after_backward(lambda t: torch.optim.Adam(t.parameters).step()), ANOTHER, untouched=False),
+}
+TELLS_HOW, COMPARES_AVERAGED = True, False
+OUTLIVES_A_RANK = True
+FOUND = 2
+OUT_OF_DATA_IS_TOLD = False
 
 
 def _backward(case: Case, parameters: list[torch.Tensor], step: int, turn: int) -> None:
