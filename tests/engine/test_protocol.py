@@ -7,6 +7,7 @@ import math
 import pytest
 
 from adacons_hvd.engine.protocol import Message, Recall, Verdict, decide
+from adacons_hvd.engine.replicas import ReplicaError, compare_replicas
 
 HERE = Message(digest=1)
 JOINED = Message(digest=1, joined_layout=True)
@@ -96,3 +97,9 @@ def test_the_loss_is_the_mean_over_those_who_gave_one():
 
 def test_strays_are_named():
     assert decide(HERE, [HERE, but(HERE, stray=True), but(HERE, stray=True)]).strays == (1, 2)
+
+
+def test_three_parameters_that_differ_are_named():
+    said = "before step 7 rank 2 held other values than ranks 0, 3 in 4 of 5 parameters: b, c, d and 1 more. "
+    with pytest.raises(ReplicaError, match=said):
+        compare_replicas({0: [0] * 5, 2: [0, 1, 1, 1, 1], 3: [0] * 5}, "abcde", 7)

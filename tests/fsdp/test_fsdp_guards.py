@@ -19,7 +19,7 @@ def refused(case: str) -> str:
     from torch.distributed.fsdp import fully_shard
 
     import adacons_hvd.fsdp
-    from adacons_hvd import AdaCons, Curvature, Mean
+    from adacons_hvd import AdaCons, Curvature
     from adacons_hvd.agreement import DisagreementError
 
     mesh, aggregator, options = start(), None, {}
@@ -58,8 +58,6 @@ def refused(case: str) -> str:
         aggregator = Curvature(memory=2)
     elif case == "optimizer":
         optimizer = momentum(network().parameters())
-    elif case == "one rank differs":
-        aggregator = Mean() if harness.rank() else AdaCons()
     elif case == "one rank fails":
         optimizer = momentum((network() if harness.rank() else model).parameters())
     with pytest.raises((ValueError, TypeError, DisagreementError)) as raised:
@@ -82,7 +80,6 @@ REFUSALS = {
     "factor": "set_gradient_divide_factor(3.0)",
     "history": "needs the mean gradients of earlier steps",
     "optimizer": "the optimizer has none of the model's parameters",
-    "one rank differs": "ranks do not agree",
     "one rank fails": "the optimizer has none of the model's parameters",
 }
 
@@ -91,38 +88,6 @@ REFUSALS = {
 def test_refusals(cluster, case):
     for message in cluster.run(refused, case):
         assert REFUSALS[case] in message
-
-
-def not_finite() -> tuple[str, str]:
-    import harness
-    import torch
-    from fsdp_job import assert_same_everywhere, attached, loss_of, network, sharded, whole
-
-    from adacons_hvd import AdaCons
-    from adacons_hvd.engine.replicas import StrayStepError
-
-    model = sharded(network())
-    optimizer = attached(model, aggregator=AdaCons(nonfinite="raise"))
-    before = whole(model.parameters())
-    with pytest.raises(FloatingPointError) as error:
-        (loss_of(model, 0) * (float("inf") if harness.rank() else 1.0)).backward()
-    with pytest.raises(StrayStepError) as stray:
-        optimizer.step()
-    for p, q in zip(whole(model.parameters()), before, strict=True):
-        assert torch.equal(p, q)
-    for step in range(2):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.step()
-    assert_same_everywhere(whole(model.parameters()))
-    assert optimizer.report.steps == 2
-    return str(error.value), str(stray.value)
-
-
-def test_numbers_that_are_none(cluster):
-    for error, stray in cluster.run(not_finite):
-        assert "the gradient of rank 1 holds NaN or infinity" in error
-        assert stray.startswith("ranks 0-1 took a step along gradients that were never aggregated")
 
 
 def replaced() -> str:

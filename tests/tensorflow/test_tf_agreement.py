@@ -10,37 +10,6 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
-def test_a_tape_without_an_aggregator_is_an_error_on_every_rank(cluster, in_graph):
-    """About settings, see `tests/conformance`."""
-
-    def disagree(in_graph: bool) -> list[str]:
-        import tensorflow as tf
-
-        import adacons_hvd.tensorflow as hvd
-        from adacons_hvd import AdaCons
-        from adacons_hvd.agreement import DisagreementError
-
-        hvd.init()
-        weights = tf.Variable([1.0, 2.0])
-        aggregator = None if hvd.rank() == 1 else AdaCons()
-
-        def step():
-            with tf.GradientTape() as tape:
-                loss = tf.reduce_sum(weights * weights)
-            return hvd.DistributedGradientTape(tape, aggregator=aggregator).gradient(loss, weights)
-
-        with pytest.raises(DisagreementError) as caught:
-            (tf.function(step) if in_graph else step)()
-        # AutoGraph puts lines of its own around the message.
-        return [line.strip() for line in str(caught.value).splitlines() if " on rank 1" in line]
-
-    (first,), (second,) = cluster.run(disagree, in_graph)
-    assert first == second
-    assert first.startswith("aggregator: ")
-    assert "; None on rank 1" in first
-
-
 def test_a_checkpoint_holds_what_two_tapes_remember(cluster, tmp_path):
     def resume(folder: str) -> list[float]:
         import numpy as np
