@@ -10,6 +10,7 @@ import guards
 import memory
 import named
 import pytest
+from harness.launchers import KERAS_2, ON_TORCH
 
 pytestmark = pytest.mark.time_limit(300)
 
@@ -65,11 +66,11 @@ def test_keras(cluster):
     conform(cluster, "with_keras", {*SPARSE, *MISSING, *ANNOUNCED, "layers that are frozen", "complex gradients"})
 
 
-@pytest.mark.ranks(3, launcher="gloo", pool="keras-torch", env={"KERAS_BACKEND": "torch"})
+@pytest.mark.ranks(3, launcher="gloo", **ON_TORCH)
 def test_keras_on_torch(cluster):
     conform(cluster, "with_keras", {*SPARSE, *MISSING, *ANNOUNCED, "layers that are frozen", "complex gradients"})
 
 
-@pytest.mark.ranks(3, launcher="gloo", pool="tf_keras", env={"TF_USE_LEGACY_KERAS": "1"})
+@pytest.mark.ranks(3, launcher="gloo", **KERAS_2)
 def test_keras_2(cluster):
     guard(cluster, "with_keras_2")
