@@ -30,26 +30,40 @@ class Case:
 
 CASES = [
     Case("linear_regression.py", "--steps 60 --dimension 100 --log-every 5"),
-    Case("linear_regression_keras.py", "--steps 60 --dimension 100 --log-every 5", reports_mean=True),
     Case("image_classification.py", "--epochs 4", metrics=("test_loss", "test_accuracy")),
     Case("vision_transformer.py", "--epochs 3 --depth 2 --clip 0.5", metrics=("test_loss", "test_accuracy")),
     Case("bert_pretraining.py", "--steps 60 --length 32 --width 32 --depth 1", metrics=("held_out_loss",)),
-    Case("recommendation.py", "--epochs 1 --samples 10000 --crossings 1", metrics=("test_auc",), reports_mean=True),
     Case("object_detection.py", "--epochs 2 --image-size 64 --pyramid 16 --head-depth 1", metrics=("test_map",)),
 ]
-
-# Averaging is one and the same thing in all those for PyTorch, and in both for Keras.
-RUNS = [(case, "adacons") for case in CASES] + [
-    pytest.param(case, "mean", marks=() if case.script.startswith("linear") else pytest.mark.soak) for case in CASES
+OF_KERAS = [
+    Case("linear_regression_keras.py", "--steps 60 --dimension 100 --log-every 5", reports_mean=True),
+    Case("recommendation.py", "--epochs 1 --samples 10000 --crossings 1", metrics=("test_auc",), reports_mean=True),
 ]
+
+
+def runs(cases):
+    """Averaging is one and the same thing in all scripts for a framework."""
+    means = [pytest.param(case, "mean", marks=() if case is cases[0] else pytest.mark.soak) for case in cases]
+    return pytest.mark.parametrize(("case", "aggregator"), [*((case, "adacons") for case in cases), *means], ids=str)
 
 
 @pytest.mark.ranks(2, launcher="gloo")
 @pytest.mark.time_limit(240)
-@pytest.mark.parametrize(("case", "aggregator"), RUNS, ids=str)
+@runs(CASES)
 def test_an_experiment_learns_and_all_ranks_agree(cluster, tmp_path, case, aggregator):
+    learns(cluster, tmp_path, case, aggregator)
+
+
+@pytest.mark.ranks(2, launcher="gloo", pool="tensorflow")
+@pytest.mark.time_limit(240)
+@runs(OF_KERAS)
+def test_an_experiment_with_keras(cluster, tmp_path, case, aggregator):
+    learns(cluster, tmp_path, case, aggregator)
+
+
+def learns(cluster, tmp_path, case, aggregator):
     arguments = [*case.arguments.split(), "--aggregator", aggregator, "--out", str(tmp_path)]
-    result = cluster.script(EXAMPLES / case.script, args=arguments)
+    result = cluster.script(EXAMPLES / case.script, args=arguments, forked=True)
     assert result.exit_code == 0, str(result)
     assert "all 2 ranks have the same parameters" in result.stdout[0], str(result)
     assert result.stdout[1] == ""

@@ -52,7 +52,7 @@ def train(dtype_name: str, tolerance: float, every: int = 1) -> int:
 
 # All of it is 48 cases, which takes minutes where many ranks share two processors over Gloo. A fifth of it still has
 # every schedule with both granularities, every row and both scales; the rest is for the long run.
-@pytest.mark.ranks(2, 3, 4, launcher="mpi")
+@pytest.mark.ranks(2, 3, 4, launcher="mpi", soak={"mpi": (4,)})
 @pytest.mark.time_limit(480)
 def test_every_combination_agrees_with_the_oracle(cluster):
     assert cluster.run(train, "float32", 1e-5) == [48] * cluster.ranks
@@ -68,7 +68,7 @@ def test_a_fifth_agrees_with_the_oracle_on_many_ranks(cluster):
     assert cluster.run(train, "float32", 1e-5, 5) == [10] * cluster.ranks
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(2, 3, soak={"mpi": (2,), "gloo": (3,)})
 def test_a_fifth_agrees_with_the_oracle_in_float64(cluster):
     assert cluster.run(train, "float64", 1e-12, 5) == [10] * cluster.ranks
 

@@ -76,7 +76,7 @@ def train(dtype_name: str, tolerance: float, steps: int = 30) -> int:
     return len(cases)
 
 
-@pytest.mark.ranks(2, 3, 4, launcher="mpi")
+@pytest.mark.ranks(2, 3, 4, launcher="mpi", soak={"mpi": (3,)})
 @pytest.mark.time_limit(240)
 def test_curvature_agrees_with_the_oracle_over_thirty_steps(cluster):
     assert cluster.run(train, "float32", 1e-5) == [16] * cluster.ranks
@@ -140,7 +140,7 @@ def resume(folder: str, schedule: str, gathered: bool) -> None:
     assert_equal_bits(list(again.parameters()))
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(2, 3, soak={"mpi": (2,), "gloo": (3,)})
 def test_a_state_goes_on_bit_for_bit_where_every_rank_saves_its_own(cluster, tmp_path):
     for schedule in SCHEDULES:
         cluster.run(resume, str(tmp_path), schedule, False)
@@ -186,7 +186,7 @@ def oracle_continues(path: str, load: bool, steps: int = 8) -> Any:
     return optimizer.state_dict()["adacons"]["workers"]
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, soak={"mpi": (3,)})
 def test_another_number_of_workers_takes_up_a_gathered_history(cluster, tmp_path):
     path = str(tmp_path / "state.pt")
     assert cluster.run(oracle_continues, path, False) == [3] * 3
