@@ -16,7 +16,6 @@ import harness
 import numpy as np
 import tensorflow as tf
 from cases import GIVEN, Case, Options, Seen, no_options
-from harness.tensorflow import optimized_graphs
 
 import adacons_hvd.tensorflow as hvd
 from adacons_hvd import AdaCons
@@ -31,7 +30,6 @@ def fitting(case: Case) -> Case:
     return replace(case, options=options, passes=1, missing=_missing_always(case), frozen={}, optimizer="SGD")
 
 
-@optimized_graphs()
 def run(case: Case) -> Counter[str]:
     """Train, compare, and count what was met."""
     hvd.init()

@@ -100,8 +100,8 @@ LAUNCHERS: dict[str, Launcher] = {
 
 #: What ranks find imported in a pool with a word; nothing where it is another word.
 IMPORTED = {
-    "tensorflow": ("keras", "adacons_hvd.tensorflow.keras", "harness.tensorflow"),
-    "tf_keras": ("tf_keras", "adacons_hvd.tensorflow.keras", "harness.tensorflow"),
+    "tensorflow": ("keras", "adacons_hvd.tensorflow.keras"),
+    "tf_keras": ("tf_keras", "adacons_hvd.tensorflow.keras"),
     "keras-torch": ("torch._dynamo", "keras", "adacons_hvd.keras"),
 }
 

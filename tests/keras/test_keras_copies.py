@@ -46,7 +46,8 @@ def copies_of(kind: str) -> list[str]:
     if kind == "SGD":
         return list(COPIES)
     # Keras 2 cannot compile with one of its older optimizers from a configuration.
-    return ["deepcopy", "pickle"] if kind.startswith("legacy") else ["deepcopy", "pickle", "compile_from_config"]
+    others = {"legacy": ["pickle"], "legacy LossScaleOptimizer": ["deepcopy"]}
+    return others.get(kind, ["deepcopy", "pickle", "compile_from_config"])
 
 
 def optimizers(keras: Any, kind: str) -> Any:
