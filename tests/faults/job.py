@@ -1,8 +1,8 @@
-"""A small training job of any binding, that something happens to. Run by the launcher, once per fault.
+"""A small job of any binding, with trainings that something happens to, one after the other. Run by the launcher.
 
     python job.py PLAN         # PLAN is JSON, see the defaults below
 
-Which rank it happens to, in which step and in which phase of it, is the plan's. A rank whose job ends well prints
+Which rank it happens to, in which step and in which phase of it, is the plan's. A rank whose training ends well prints
 `finished` and a digest of the parameters, which must be that of a training to which nothing happened.
 """
 
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from harness.inside import Place, enter
@@ -22,31 +23,36 @@ from phases import watch
 PLAN = {
     "binding": "with_torch",  # a module of tests/conformance
     "phase": None,  # "between steps"; in PyTorch "optimizer step", too, and over Horovod one of phases.PHASES
-    "what": "kill",  # "kill", "stop" (for good), "pause" (to be stopped for two seconds) or how long to sleep
+    # In each training: "kill", "stop" (for good), "pause" (to be stopped for two seconds), how long to sleep, or None.
+    "what": ["kill"],
     "rank": 1,
     "step": 3,
     "steps": 6,
     "pause": 0.0,  # seconds after every step
-    "again": False,  # whether to train a second time, to which nothing happens
+    "timeout": None,  # how many seconds Gloo waits for a rank
     "env": {},  # for Horovod; horovodrun overrides some of what it is given
 } | json.loads(sys.argv[1])
 RANK = int(next(os.environ[name] for name in ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "RANK") if name in os.environ))
 os.environ.update(PLAN["env"])
-step = 0
+if PLAN["timeout"]:
+    os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(PLAN["timeout"])
+step, what = 0, None
 
 
 def reached(phase):
-    if (phase, step, RANK) != (PLAN["phase"], PLAN["step"], PLAN["rank"]):
+    global what
+    if what is None or (phase, step, RANK) != (PLAN["phase"], PLAN["step"], PLAN["rank"]):
         return
-    print(f"{phase}: {PLAN['what']}", flush=True)
-    if PLAN["what"] == "kill":
+    print(f"{phase}: {what}", flush=True)
+    happens, what = what, None
+    if happens == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif PLAN["what"] in ("stop", "pause"):
-        if PLAN["what"] == "pause":
+    elif happens in ("stop", "pause"):
+        if happens == "pause":
             subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
-        time.sleep(PLAN["what"])
+        time.sleep(happens)
 
 
 def watched_sgd():
@@ -69,10 +75,15 @@ binding = importlib.import_module(PLAN["binding"])
 of_pytorch = hasattr(binding, "of_torch")
 if PLAN["binding"] == "with_torch":
     watch(reached)
+elif of_pytorch and PLAN["timeout"]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PLAN["timeout"]))
 
 
-def train():
-    global step
+def train(what_happens):
+    global step, what
+    what = what_happens
     training = binding.Training(optimizer=watched_sgd() if of_pytorch else binding.OPTIMIZERS[0])
     if PLAN["binding"] == "with_torch":
         # Of the parameters the first one's gradient is the last that backward computes.
@@ -86,7 +97,5 @@ def train():
     print("finished", bits.hexdigest(), flush=True)
 
 
-train()
-if PLAN["again"]:
-    PLAN["phase"] = None
-    train()
+for what_happens in PLAN["what"]:
+    train(what_happens)
