@@ -72,7 +72,10 @@ def check(told, sizes, parts, tolerance=1e-9):
         if not finished:
             assert (stage + 1, step) in begun, f"step {step} was lost"
             continue
+        assert len(finished) == sizes[stage] or (stage + 1, step) in begun, f"step {step} was not done by all"
         assert len({fact["bits"] for fact in finished.values()}) == 1, f"parameters differ after step {step}"
+        counted = None if "average" in parts else step
+        assert {fact["steps"] for fact in finished.values()} == {counted}, f"the report on step {step} counts others"
         memories[step] = []
         for number, (part, memory) in enumerate(zip(parts, memories[step - 1], strict=True)):
             raw = [np.array(facts[rank]["raw"][number]) for rank in range(sizes[stage])]

@@ -25,8 +25,9 @@ part = optimizer.inner_optimizer
 
 
 def bits():
-    variables = [*model.variables, *optimizer.variables]
-    return hashlib.sha256(b"".join(keras.ops.convert_to_numpy(v).tobytes() for v in variables)).hexdigest()
+    variables = [keras.ops.convert_to_numpy(v) for v in (*model.variables, *optimizer.variables)]
+    remembered = map(np.asarray, part._adacons.exchange.state_dict().values())
+    return hashlib.sha256(b"".join(v.tobytes() for v in (*variables, *remembered))).hexdigest()
 
 
 def batches(step):

@@ -20,7 +20,6 @@ def test_pytorch(cluster, tmp_path):
     told = a_worker_comes_the_leader_dies_and_another_leaves(cluster, "elastic_torch", tmp_path)
     assert check(told, SIZES, ["momentum", "history", "no momentum"]) == SINCE_THE_COMMIT
     (report,) = [fact["report"] for fact in told if "report" in fact]
-    assert report["steps"] == max(fact["done"] for fact in told if "done" in fact)
     assert "1 worker" in report["reason"]
 
 
@@ -48,7 +47,6 @@ def keras(cluster, folder):
     for fact in told:
         if "done" in fact:
             step = fact["done"]
-            assert fact["steps"] == step
             if step > 1:
                 earlier = resampled(curves[step - 1], fact["size"])
                 expected = 0.9 * np.array(earlier) + 0.1 * np.sort(fact["first"])
