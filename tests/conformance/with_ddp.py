@@ -73,13 +73,17 @@ ROUNDING = 1e-11
 SAYS_WHO_LEADS = of_torch.SAYS_WHO_LEADS
 
 
+#: How many seconds a training's ranks wait for one that does not come.
+PATIENCE = 20.0
+
+
 class Training(of_torch.ModelTraining):
     """A training with these options, which are told of the parameters. Ranks meet when it is made."""
 
     def __init__(self, options: Options = no_options, optimizer: str = "Adam") -> None:
         super().__init__(optimizer)
         # A group of its own, because a message that others wait for in vain leaves it of no use.
-        group = dist.new_group(timeout=timedelta(seconds=20))
+        group = dist.new_group(timeout=timedelta(seconds=PATIENCE))
         self.model = DistributedDataParallel(Given(self.parameters), process_group=group)
         self.optimizer = self.plain(self.parameters)
         given = {"aggregator": AdaCons(momentum=0.9), "schedule": "one-pass", **options(self.parameters)}

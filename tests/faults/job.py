@@ -79,6 +79,7 @@ elif of_pytorch and PLAN["timeout"]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=PLAN["timeout"]))
+    binding.PATIENCE = PLAN["timeout"]  # DDP's groups are its own
 
 
 def train(what_happens):
