@@ -33,17 +33,16 @@ def bits():
 
 
 course = Course(hvd, bits)
-plan = {"aggregator": True, "schedule": None} | course.plan
+plan = {"aggregator": True, "schedule": "auto"} | course.plan
 watch(course.reached)
 
 
-def optimizer_of(part, aggregator, cls, **options):
+def optimizer_of(part, aggregator, schedule, cls, **options):
     inner = cls(part.parameters(), lr=0.01, **options)
     named = [(name, p) for name, p in model.named_parameters() if any(p is q for q in part.parameters())]
     if not plan["aggregator"]:
         return hvd.DistributedOptimizer(inner, named)
-    schedule = {"schedule": plan["schedule"]} if plan["schedule"] else {}
-    return hvd.DistributedOptimizer(inner, named, aggregator=aggregator, **schedule)
+    return hvd.DistributedOptimizer(inner, named, aggregator=aggregator, schedule=schedule)
 
 
 class Inner(torch.optim.AdamW):
@@ -54,13 +53,13 @@ class Inner(torch.optim.AdamW):
 
 # With weight decay, because Horovod's broadcast_optimizer_state moves the parameters of newcomers then.
 # Watched, which changes nothing: what is watched of workers begins afresh, and what AdaCons remembers does not.
-optimizer = optimizer_of(body, SickWorkers(AdaCons(momentum=0.9)), Inner, weight_decay=0.5)
+optimizer = optimizer_of(body, SickWorkers(AdaCons(momentum=0.9)), plan["schedule"], Inner, weight_decay=0.5)
 # Its history is spread over the workers.
-curved = optimizer_of(middle, Curvature(memory=4), torch.optim.SGD)
+curved = optimizer_of(middle, Curvature(memory=4), "one-pass", torch.optim.SGD)
 
 
 def second_optimizer():
-    return optimizer_of(head, AdaCons(momentum=0.0), torch.optim.SGD)
+    return optimizer_of(head, AdaCons(momentum=0.0), plan["schedule"], torch.optim.SGD)
 
 
 plain_second = None if plan["aggregator"] else second_optimizer()
