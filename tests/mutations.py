@@ -115,6 +115,13 @@ MUTATIONS = [
         "decision.past_weights",
         "tests/pytorch/test_torch_history.py -k loss_scale",
     ),
+    Mutation(
+        "a rank that is stopped is given up by those who wait for it in memory",
+        "collectives/direct.py",
+        "if self.watched is not None and self.watched.done():",
+        "if False:",
+        "tests/faults/test_faults.py::test_a_rank_that_stays_stopped_ends_the_job_within_gloos_timeout",
+    ),
     # --- the engine ---
     Mutation(
         "a gradient that changed after it was sent",
