@@ -405,7 +405,7 @@ MUTATIONS = [
         "tensorflow/reducer.py",
         "(count == 1) | (count % interval == 0)",
         "(count % interval == 0)",
-        "tests/conformance/test_conformance.py -k tapes",
+        "tests/tensorflow/test_tf_replicas.py -k 'layout and graph'",
     ),
     Mutation(
         "a graph compares as often as it was told to",
