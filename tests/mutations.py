@@ -422,14 +422,6 @@ MUTATIONS = [
         "tests/conformance/test_conformance.py -k tapes",
     ),
     Mutation(
-        "a graph hears of a step that was not aggregated",
-        "tensorflow/flags.py",
-        "(flags.new_layout == 0) & (flags.stray == 0)",
-        "(flags.new_layout == 0)",
-        "tests/conformance/test_conformance.py -k 'test_keras and gloo-3-tensorflow'",
-    ),
-    # --- Keras ---
-    Mutation(
         "gradients that are said to be aggregated",
         "keras/legacy.py",
         "        elif told:\n",
