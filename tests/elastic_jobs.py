@@ -60,10 +60,10 @@ def check(told, sizes, parts, tolerance=1e-9):
         for kind, steps in (("begun", begun), ("done", done)):
             if kind in fact:
                 steps.setdefault((fact["stage"], fact[kind]), {})[fact["rank"]] = fact
-    for stage, size in enumerate(sizes):
-        assert {fact["size"] for (where, _), facts in done.items() if where == stage for fact in facts.values()} == {
-            size
-        }
+    sizes_told = {stage: set() for stage, _ in begun}
+    for (stage, _), facts in done.items():
+        sizes_told[stage] |= {fact["size"] for fact in facts.values()}
+    assert sizes_told == {stage: {size} for stage, size in enumerate(sizes)}
     memories = {0: [None] * len(parts)}  # by step: what the oracles remember after it
     redone = 0
     for (stage, step), facts in sorted(begun.items()):

@@ -50,7 +50,7 @@ class Watch(keras.callbacks.Callback):
         if batch % 2 == 0:
             course.begin()
         else:
-            course.reached("backward")
+            course.reached("backward", together=True)
 
     def on_train_batch_end(self, batch, logs=None):
         if batch % 2 == 0:

@@ -80,7 +80,7 @@ def train(state):
         own = dict(zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True))
         course.begin(raw=[flat(part, own.get) for part in (body, middle, head)])
         loss.backward()
-        course.reached("backward")
+        course.reached("backward", together=True)
         found = []
         for part, one in ((body, optimizer), (middle, curved), (head, second)):
             one.synchronize()

@@ -80,6 +80,14 @@ def tell(**facts: Any) -> None:
         file.write(line)
 
 
+def told_in(folder: Path) -> list[Fact]:
+    """Everything that workers told there, in order of time."""
+    # The last line of a worker that was killed may be incomplete.
+    lines = [line for file in folder.glob("*.told") for line in file.read_text().splitlines(True)]
+    facts = [json.loads(line) for line in lines if line.endswith("\n")]
+    return sorted(facts, key=lambda fact: float(fact["time"]))
+
+
 class Course:
     """On a worker: how far an elastic job has come, which it tells, and where a worker is to die.
 
@@ -108,11 +116,27 @@ class Course:
     def over(self) -> bool:
         return [self._state.stage, self._state.count] == [len(self.plan["sizes"]) - 1, 6] or self._state.step >= 3000
 
-    def reached(self, phase: str) -> None:
-        """Die, if this is where."""
-        here = [self._state.stage, self._state.count, self._hvd.rank(), self._hvd.size(), phase]
-        if here in self.plan["deaths"]:
-            os.kill(os.getpid(), processes.signal.SIGKILL)
+    def reached(self, phase: str, *, together: bool = False) -> None:
+        """Die, if this is where; if together, once all others are here as well.
+
+        A worker that is still in a collective when another dies may be ended by Gloo, and which one is, is chance.
+        """
+        stage, count, rank, size = self._state.stage, self._state.count, self._hvd.rank(), self._hvd.size()
+        for where in self.plan["deaths"]:
+            if where != [stage, count, where[2], size, phase]:
+                continue
+            if together:
+                tell(reached=phase, stage=stage, count=count)
+                while rank == where[2] and self._here(phase, stage, count) < size:
+                    time.sleep(0.01)
+            if rank == where[2]:
+                os.kill(os.getpid(), processes.signal.SIGKILL)
+
+    @staticmethod
+    def _here(phase: str, stage: int, count: int) -> int:
+        """How many workers have told that they are there."""
+        facts = told_in(Path(os.environ[FOLDER]))
+        return sum((f.get("reached"), f.get("stage"), f.get("count")) == (phase, stage, count) for f in facts)
 
     def _place(self) -> Fact:
         return {"stage": self._state.stage, "rank": self._hvd.rank(), "size": self._hvd.size()}
@@ -201,10 +225,7 @@ class ElasticJob(Job):
 
     def told(self) -> list[Fact]:
         """Everything the workers told so far, in order of time."""
-        # The last line of a worker that was killed may be incomplete.
-        lines = [line for file in self.folder.glob("*.told") for line in file.read_text().splitlines(True)]
-        facts = [json.loads(line) for line in lines if line.endswith("\n")]
-        return sorted(facts, key=lambda fact: float(fact["time"]))
+        return told_in(self.folder)
 
     def wait_until(self, condition: Callable[[list[Fact]], bool], seconds: float) -> list[Fact]:
         """Wait until `condition(job.told())` holds; returns what was told by then."""
