@@ -67,23 +67,19 @@ def machine(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_machine_with_all_tools_lacks_nothing(machine: Path, tmp_path: Path) -> None:
+    done = run_command("--check", PATH=str(machine), ADACONS_CACHE=str(tmp_path), CXX="")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("tool", sorted(TOOLS))
-def test_a_missing_tool_is_named_and_installing_it_helps(tool: str, machine: Path, tmp_path: Path) -> None:
-    settings = {"PATH": str(machine), "ADACONS_CACHE": str(tmp_path / "cache"), "CXX": ""}
-    gone = [tool, "g++", "gcc"] if tool == "c++" else [tool]
-    kept = {name: (machine / name).readlink() for name in gone if (machine / name).is_symlink()}
-    for name in kept:
-        (machine / name).unlink()
-
-    broken = run_command("--check", **settings)
-    assert broken.returncode == 1
-    assert f"apt-get install --no-install-recommends {TOOLS[tool]}\n" in broken.stderr
-    assert "Traceback" not in broken.stdout + broken.stderr
-
-    for name, target in kept.items():
-        (machine / name).symlink_to(target)
-    fixed = run_command("--check", **settings)
-    assert fixed.returncode == 0, fixed.stderr
+def test_a_missing_tool_is_named(tool: str, machine: Path, tmp_path: Path) -> None:
+    for name in [tool, "g++", "gcc"] if tool == "c++" else [tool]:
+        (machine / name).unlink(missing_ok=True)
+    done = run_command("--check", PATH=str(machine), ADACONS_CACHE=str(tmp_path), CXX="")
+    assert done.returncode == 1
+    assert f"apt-get install --no-install-recommends {TOOLS[tool]}\n" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_gloo_only_needs_no_mpi(machine: Path, tmp_path: Path) -> None:
@@ -707,9 +703,11 @@ def test_what_check_build_lists() -> None:
     assert proof.parse_check_build(text) == {"PyTorch": True, "MXNet": False, "MPI": False}
 
 
-def test_the_installed_horovod_is_complete() -> None:
+def test_the_installed_horovod_is_complete(tmp_path: Path) -> None:
     installed = frameworks.installed_frameworks()
-    answer = proof.check_build(proof.rank_environment(None))
+    # Horovod asks each extension in processes that it forks, all of which would import the frameworks anew.
+    (tmp_path / "sitecustomize.py").write_text("".join(f"import horovod.{name}\n" for name in installed))
+    answer = proof.check_build(proof.rank_environment(tmp_path))
     proof.compare(Recipe(installed), answer)
     if "+cpu" in frameworks.framework_version("torch"):
         with pytest.raises(BuildError, match="does not list NCCL"):
