@@ -82,7 +82,7 @@ def test_on_two_ranks_with_tensorflow(cluster, block, tmp_path):
 @pytest.mark.parametrize("block", python_blocks(launcher="torchrun"), ids=str)
 def test_under_torchrun(cluster, block, tmp_path):
     code = block.code.replace('"run.jsonl"', repr(str(tmp_path / "run.jsonl")))
-    result = cluster.script(code)
+    result = cluster.script(code, forked=True)
     assert result.exit_code == 0, result
     assert (tmp_path / "run.jsonl").read_text().startswith('{"time"')
 
