@@ -1,4 +1,4 @@
-"""The `adacons` command as a user runs it: in a process of its own."""
+"""The `adacons` command as a user runs it: in a process of its own. Tests that need none take `here` of conftest.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ def adacons(*arguments: object, folder: Path, env: dict[str, str] | None = None)
     )
 
 
-def answer(*arguments: object, folder: Path, env: dict[str, str] | None = None) -> Any:
+def answer(*arguments: object, run: Callable[..., subprocess.CompletedProcess[str]] = adacons, **options: Any) -> Any:
     """Run the command with --json, check that all went well, and return what it says."""
-    done = adacons(*arguments, "--json", folder=folder, env=env)
+    done = run(*arguments, "--json", **options)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

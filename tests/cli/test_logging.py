@@ -12,7 +12,7 @@ from pathlib import Path
 
 import harness
 import pytest
-from command import adacons, answer, assert_one_sentence
+from command import answer, assert_one_sentence
 
 from adacons_hvd.costs import Choice
 from adacons_hvd.logging import ReportLog, log_reports
@@ -159,7 +159,7 @@ def test_a_ddp_run(cluster, tmp_path):
 
 
 @pytest.mark.ranks(2, launcher="gloo", pool="tensorflow")
-def test_a_keras_run_its_picture_and_tensorboard(cluster, tmp_path):
+def test_a_keras_run_its_picture_and_tensorboard(cluster, tmp_path, here):
     path, events = tmp_path / "run.jsonl", tmp_path / "events"
     results = cluster.run(train_keras, str(path), str(events))
     assert results[0][0] == results[1][0], "ranks ended with different weights"
@@ -176,7 +176,7 @@ def test_a_keras_run_its_picture_and_tensorboard(cluster, tmp_path):
         assert scalars["adacons/smallest weight"] == pytest.approx(min(weights) / mean, rel=1e-5)
         assert scalars["adacons/fallbacks"] == 0
 
-    done = adacons("plot", path, "--output", tmp_path / "pictures" / "keras.svg", folder=tmp_path)
+    done = here("plot", path, "--output", tmp_path / "pictures" / "keras.svg", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "after normalization" in (tmp_path / "pictures" / "keras.svg").read_text()
 
@@ -314,28 +314,28 @@ def reds(picture: Path) -> int:
     return int((np.abs(pixels - [0.839, 0.153, 0.157]) < 0.1).all(axis=2).sum())
 
 
-def test_fallbacks_are_marked(tmp_path):
+def test_fallbacks_are_marked(tmp_path, here):
     (tmp_path / "run.jsonl").write_text("".join(line(step, fallbacks=int(step > 5)) for step in range(1, 10)))
-    found = answer("plot", "run.jsonl", "--group", 1, folder=tmp_path)
+    found = answer("plot", "run.jsonl", "--group", 1, folder=tmp_path, run=here)
     assert (found["fallbacks"], found["spread"]) == (1, pytest.approx(0.2))
     assert reds(tmp_path / "run.png") > 50
     (tmp_path / "run.jsonl").write_text("".join(line(step) for step in range(1, 10)))
-    answer("plot", "run.jsonl", folder=tmp_path)
+    answer("plot", "run.jsonl", folder=tmp_path, run=here)
     assert reds(tmp_path / "run.png") == 0
 
 
-def test_a_run_that_was_restarted_from_a_checkpoint_and_grew(tmp_path):
+def test_a_run_that_was_restarted_from_a_checkpoint_and_grew(tmp_path, here):
     steps = [line(step) for step in (1, 11, 21)] + [line(step, workers=4) for step in (15, 25)]
     (tmp_path / "run.jsonl").write_text("".join(steps) + '{"steps": 35, "wei')
-    found = answer("plot", "run.jsonl", folder=tmp_path)
+    found = answer("plot", "run.jsonl", folder=tmp_path, run=here)
     assert (found["records"], found["first_step"], found["last_step"], found["workers"]) == (4, 1, 25, 4)
 
 
-def test_steps_without_numbers_are_gaps(tmp_path):
+def test_steps_without_numbers_are_gaps(tmp_path, here):
     nothing = [[None] * 3] * 2
     steps = [line(1), line(2, norms=nothing, spread=[None, None], fallbacks=1), line(3, fallbacks=1)]
     (tmp_path / "run.jsonl").write_text("".join(steps))
-    assert answer("plot", "run.jsonl", folder=tmp_path)["nonfinite_steps"] == 1
+    assert answer("plot", "run.jsonl", folder=tmp_path, run=here)["nonfinite_steps"] == 1
 
 
 @pytest.mark.parametrize(
@@ -347,6 +347,6 @@ def test_steps_without_numbers_are_gaps(tmp_path):
         (line(1), ["--output", "run.xyz"], ["cannot write run.xyz"]),
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_one_sentence(text, arguments, words, tmp_path):
+def test_what_cannot_be_drawn_is_said_in_one_sentence(text, arguments, words, tmp_path, here):
     (tmp_path / "run.jsonl").write_text(text)
-    assert_one_sentence(adacons("plot", "run.jsonl", *arguments, folder=tmp_path), *words)
+    assert_one_sentence(here("plot", "run.jsonl", *arguments, folder=tmp_path), *words)

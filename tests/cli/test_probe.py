@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import oracle
 import pytest
-from command import adacons, answer, assert_one_sentence
-
-from adacons_hvd.cli import main
+from command import answer, assert_one_sentence
 
 WORKERS, SIZE = 4, 3
 
@@ -121,15 +116,15 @@ QUICK = ["--workers", 4, "--batch-sizes", 16, "--steps", 0, "--repeats", 1]
 
 
 @pytest.mark.parametrize("entry", ["dataset", "loader"])
-def test_any_kind_of_data(entry, kinds):
-    (row,) = answer("probe", f"kinds:{entry}", *QUICK, folder=kinds)["rows"]
+def test_any_kind_of_data(entry, kinds, here):
+    (row,) = answer("probe", f"kinds:{entry}", *QUICK, folder=kinds, run=here)["rows"]
     assert 0 < row["spread"] < 1
     assert 0.8 < row["cosine"] < 1
     assert 0.5 < row["average_to_reference"] < 1 + 1e-6
 
 
-def test_workers_with_equal_data_are_told_that_it_is_averaging(kinds):
-    done = adacons("probe", "kinds:same", *QUICK, folder=kinds)
+def test_workers_with_equal_data_are_told_that_it_is_averaging(kinds, here):
+    done = here("probe", "kinds:same", *QUICK, folder=kinds)
     assert done.returncode == 0, done.stderr
     assert "AdaCons would be averaging" in done.stdout
     assert "0°" in done.stdout
@@ -149,17 +144,13 @@ def test_workers_with_equal_data_are_told_that_it_is_averaging(kinds):
         ("plain", ["module:function"]),
     ],
 )
-def test_what_cannot_be_probed_is_said_in_one_sentence(entry, words, kinds, monkeypatch, capsys):
-    # In this process, to spare nine imports of a framework.
-    monkeypatch.chdir(kinds)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    code = main(["probe", entry, *map(str, QUICK)])
-    assert_one_sentence(subprocess.CompletedProcess([], code, *capsys.readouterr()), *words)
+def test_what_cannot_be_probed_is_said_in_one_sentence(entry, words, kinds, here):
+    assert_one_sentence(here("probe", entry, *QUICK, folder=kinds), *words)
 
 
-def test_more_than_the_memory_holds(kinds):
+def test_more_than_the_memory_holds(kinds, here):
     arguments = ["--workers", 10**12, "--batch-sizes", 1, "--steps", 0]
-    assert_one_sentence(adacons("probe", "kinds:tensors", *arguments, folder=kinds), "GB", "fewer --workers")
+    assert_one_sentence(here("probe", "kinds:tensors", *arguments, folder=kinds), "GB", "fewer --workers")
 
 
 KERAS = """

@@ -39,11 +39,11 @@ def write(path, steps: int, first: int = 0, sick: bool = True) -> Report:
     return report
 
 
-def test_what_is_shown_and_drawn(tmp_path):
+def test_what_is_shown_and_drawn(tmp_path, here):
     report = write(tmp_path / "run.jsonl", 50)
     assert report.sick == [2]
     last = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])
-    found = answer("watch", "run.jsonl", folder=tmp_path)
+    found = answer("watch", "run.jsonl", folder=tmp_path, run=here)
     for name in ("agreement", "norms", "noise_scale", "adascale_gain"):
         assert found[name] == last[name][0]
     assert (found["loss"], found["sick"], found["step"], found["schedule"]) == (0.02, [2], 50, "gather")
@@ -57,11 +57,11 @@ def test_what_is_shown_and_drawn(tmp_path):
 
     from test_logging import reds
 
-    answer("plot", "run.jsonl", folder=tmp_path)
+    answer("plot", "run.jsonl", folder=tmp_path, run=here)
     assert reds(tmp_path / "run.png") > 50
     (tmp_path / "run.jsonl").unlink()
     write(tmp_path / "run.jsonl", 50, sick=False)
-    answer("plot", "run.jsonl", folder=tmp_path)
+    answer("plot", "run.jsonl", folder=tmp_path, run=here)
     assert reds(tmp_path / "run.png") == 0
 
 
