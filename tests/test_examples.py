@@ -50,7 +50,9 @@ def test_a_plain_horovod_script_needs_two_lines(cluster, tmp_path, few_images):
     )
     outcomes = {}
     for script in (plain, ours):
-        result = cluster.script(script, args=["--data", str(few_images), "--epochs", "1", "--samples", "8192"], forked=True)
+        result = cluster.script(
+            script, args=["--data", str(few_images), "--epochs", "1", "--samples", "8192"], forked=True
+        )
         assert result.exit_code == 0, result.stderr
         outcomes[script.name] = float(re.search(r"test accuracy ([\d.]+)", result.stdout[0])[1])
     assert outcomes["plain.py"] != outcomes["ours.py"]
