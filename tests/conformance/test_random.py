@@ -17,25 +17,25 @@ SOAK = float(os.environ.get("RANDOM_SECONDS", "3600"))
 @pytest.mark.ranks(3, launcher="mpi")
 @pytest.mark.time_limit(180)
 def test_pytorch_under_mpi(cluster):
-    cases.agree_with_the_oracle(cluster, 20.0, "with_torch")
+    cases.agree_with_the_oracle(cluster, 8.0, "with_torch")
 
 
 @pytest.mark.ranks(2, launcher="gloo")
 @pytest.mark.time_limit(180)
 def test_pytorch_over_gloo(cluster):
-    cases.agree_with_the_oracle(cluster, 20.0, "with_torch")
+    cases.agree_with_the_oracle(cluster, 8.0, "with_torch")
 
 
 @pytest.mark.ranks(3, launcher="torchrun")
 @pytest.mark.time_limit(180)
 def test_ddp(cluster):
-    cases.agree_with_the_oracle(cluster, 12.0, "with_ddp")
+    cases.agree_with_the_oracle(cluster, 6.0, "with_ddp")
 
 
 @pytest.mark.ranks(2, launcher=("mpi", "gloo"), pool="tensorflow")
 @pytest.mark.time_limit(180)
 def test_tapes(cluster):
-    cases.agree_with_the_oracle(cluster, 12.0, "with_tapes")
+    cases.agree_with_the_oracle(cluster, 6.0, "with_tapes")
 
 
 @pytest.mark.soak

@@ -196,15 +196,10 @@ def test_the_amp_loop_in_every_form_that_pytorch_documents(cluster, told):
 
         hvd.init()
         forms = ["plain", "unscale", "autocast", *(["explicit"] if told else [])]
-        cases = [
-            (form, fused, passes, count)
-            for form in forms
-            for fused in (False, True)
-            for passes, count in ((1, 1), (2, 2))
-        ]
-        for number, (form, fused, passes, count) in enumerate(cases):
-            # Either with both kinds of steps, and with one pass and two.
-            scale = ("unit", "average")[(number + number // 2) % 2]
+        # Both kinds of steps have either number of passes, and of optimizers, and either scale, with some form.
+        for number, (form, often) in enumerate((form, often) for form in forms for often in (False, True)):
+            fused, scale = (number + number // 2) % 2 == 1, ("unit", "average")[number // 2 % 2]
+            passes, count = (2, 2) if often else (1, 1)
             scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
             models, batches = [network(seed) for seed in range(count)], Batches()
             optimizers = [
