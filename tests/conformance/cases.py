@@ -19,7 +19,8 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,6 +136,15 @@ class Seen:
             return cls(gradients)
         assert not any(w for w, here in zip(report.weights[0], report.present[0], strict=True) if not here)
         return cls(gradients, report.schedule, tuple(report.present[0]))
+
+
+@contextmanager
+def joining(join: Callable[[], Any]) -> Iterator[None]:
+    """A rank trains for as long as it has data, and joins then, whatever ended its training."""
+    try:
+        yield
+    finally:
+        join()
 
 
 def draw(seed: int, workers: int, schedules: list[str]) -> Case:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-from cases import GIVEN, Options, given_gradients, no_options
+from cases import GIVEN, Options, given_gradients, joining, no_options
 
 from adacons_hvd import AdaCons
 
@@ -64,9 +63,7 @@ class Training:
         self.model.set_weights(values)
 
     def until_all_are_out_of_data(self) -> Any:
-        end = ExitStack()
-        end.callback(self.join)
-        return end
+        return joining(self.join)
 
     @property
     def report(self) -> Any:

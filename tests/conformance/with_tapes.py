@@ -7,7 +7,6 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -140,9 +139,7 @@ class Training:
         return self.tape.report
 
     def until_all_are_out_of_data(self) -> Any:
-        end = ExitStack()
-        end.callback(hvd.join)
-        return end
+        return cases.joining(hvd.join)
 
     def save(self) -> dict[str, Any]:
         """All there is, and by itself what the aggregator remembers."""

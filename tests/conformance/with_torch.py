@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
 import harness
 import of_torch
 import torch
-from cases import Case, Options, Seen, array, gradient, judged, no_options, pick
+from cases import Case, Options, Seen, array, gradient, joining, judged, no_options, pick
 from guards import Stray
 
 import adacons_hvd.torch as hvd
@@ -96,9 +95,7 @@ class Training(of_torch.Training):
         self.optimizer = hvd.DistributedOptimizer(plain, zip("ab", self.parameters, strict=True), **given)
 
     def until_all_are_out_of_data(self) -> Any:
-        end = ExitStack()
-        end.callback(hvd.join)
-        return end
+        return joining(hvd.join)
 
 
 def after_backward(step: Callable[[Training], Any]) -> Callable[[Training, int], None]:

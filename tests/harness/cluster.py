@@ -182,10 +182,11 @@ class Cluster:
             file.write_text(program)
         else:
             file = program.resolve()
-        start = start_of_ranks(self._spec, folder, self._pools.templates_for(self._spec) if forked else [])
+        templates = self._pools.templates_for(self._spec) if forked else []
+        start = start_of_ranks(self._spec, folder, templates)
         limit = self._timeout if timeout is None else timeout
         started = time.monotonic()
-        job = Job(self._spec, folder, [*start, str(file), *args], env)
+        job = Job(self._spec, folder, [*start, str(file), *args], env, templates)
         exit_code: int | None = None
         try:
             with suppress(TimeoutExpired):

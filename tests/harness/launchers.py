@@ -25,6 +25,8 @@ class Launcher:
     env: Mapping[str, str] = field(default_factory=dict)
     #: What ranks find imported in a pool without a word.
     imported: tuple[str, ...] = ("torch._dynamo", "adacons_hvd.torch")
+    #: Its own module, of which `main` is the program, if it is forked from such a pool's template.
+    module: str = ""
 
 
 def program(name: str) -> str:
@@ -95,7 +97,12 @@ LAUNCHERS: dict[str, Launcher] = {
     "gloo": Launcher(_horovodrun, "HOROVOD_RANK", _GLOO),
     "mpi-hosts": Launcher(_mpirun_on_hosts, "OMPI_COMM_WORLD_RANK", _MPI),
     "gloo-hosts": Launcher(_horovodrun_on_hosts, "HOROVOD_RANK", _GLOO),
-    "torchrun": Launcher(_torchrun, "RANK", imported=("torch._dynamo", "adacons_hvd.ddp", "adacons_hvd.fsdp")),
+    "torchrun": Launcher(
+        _torchrun,
+        "RANK",
+        imported=("torch._dynamo", "torch.distributed.run", "adacons_hvd.ddp", "adacons_hvd.fsdp"),
+        module="torch.distributed.run",
+    ),
 }
 
 #: What ranks find imported in a pool with a word; nothing where it is another word.

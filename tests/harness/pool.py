@@ -61,8 +61,18 @@ class Job:
     # Carried by every process this test session starts, whatever job it belongs to.
     SESSION = f"HARNESS_SESSION={secrets.token_hex(8)}"
 
-    def __init__(self, spec: Spec, folder: Path, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        folder: Path,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        templates: Sequence[str] = (),
+    ) -> None:
         launcher = LAUNCHERS[spec.launcher]
+        launch = launcher.command(spec.ranks)
+        if launcher.module and templates:
+            launch[:1] = [sys.executable, "-m", "harness.launch", templates[0], launcher.module]
         self.spec = spec
         self.folder = folder
         self.marker = f"HARNESS_JOB={secrets.token_hex(8)}"
@@ -70,7 +80,7 @@ class Job:
         start = [sys.executable, str(START), "launcher", str(os.getpid())]
         with (folder / "launcher.log").open("wb") as log:
             self.process = subprocess.Popen(
-                [*start, *launcher.command(spec.ranks), *command],
+                [*start, *launch, *command],
                 env=environment(launcher, folder, {**dict(spec.env), **(env or {}), **marks}),
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -129,7 +139,7 @@ class Pool(Job):
             listener.listen(2 * spec.ranks)
             variable = LAUNCHERS[spec.launcher].rank_variable
             arguments = [address, variable, str(spec.ranks), spec.launcher, str(folder), *templates]
-            super().__init__(spec, folder, [sys.executable, "-m", "harness.worker", *arguments])
+            super().__init__(spec, folder, [sys.executable, "-m", "harness.worker", *arguments], templates=templates)
             try:
                 self.ranks = self._meet(listener)
             except BaseException:

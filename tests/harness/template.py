@@ -3,7 +3,8 @@
     python -m harness.template MODULE ...        a listening socket is its standard input
 
 The process that a launcher starts as a rank asks here for the one that runs functions (:mod:`harness.worker`) or a
-script (:mod:`harness.forked`), and becomes its watcher. It sends its environment and arguments, and its output; it is
+script (:mod:`harness.forked`), as may the one that is started as a launcher (:mod:`harness.launch`), and becomes its
+watcher. It sends its environment and arguments, and its output; it is
 told how the other one ended, and that one is killed when the watcher is gone.
 """
 
