@@ -209,10 +209,11 @@ def _apply(keras: Any, optimizer: Any, gradients: Sequence[np.ndarray], variable
 
 
 def distributed(keras: Any, hvd: Any, aggregated: bool = True, **options: Any) -> Any:
-    """A distributed SGD."""
+    """A distributed SGD; with the schedule whose graph is traced soonest, where nothing else is asked for."""
     from adacons_hvd import AdaCons
 
     options.setdefault("aggregator", AdaCons() if aggregated else None)
+    options.setdefault("schedule", "two-pass")
     return hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), **options)
 
 

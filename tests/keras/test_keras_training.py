@@ -168,44 +168,6 @@ def test_mixed_precision_of_keras_2(cluster):
     assert cluster.run(mixed, True) == [[0.5, 4.0]] * 2
 
 
-def test_jit_compile_is_turned_off_with_one_message(cluster):
-    def jit() -> list[str]:
-        import warnings
-
-        import keras
-        from keras_job import assert_equal_bits, data, network
-
-        import adacons_hvd.keras as hvd
-        from adacons_hvd import AdaCons
-
-        hvd.init()
-        messages = []
-        for asked in (True, "auto"):
-            model = network(keras)
-            if asked == "auto":
-                # As on a machine with a GPU, where "auto" means yes.
-                model._resolve_auto_jit_compile = lambda: True
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                model.compile(
-                    hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), aggregator=AdaCons()),
-                    loss="mse",
-                    jit_compile=asked,
-                )
-                model.fit(*data(16), batch_size=8, verbose=0)
-            found = [str(w.message) for w in caught if "jit_compile" in str(w.message)]
-            assert len(found) == 1, found
-            messages += found
-            assert_equal_bits(model)
-        plain = network(keras)
-        plain.compile("sgd", "mse", jit_compile=True)
-        assert plain.jit_compile, "a model without a distributed optimizer is none of our business"
-        return messages
-
-    for messages in cluster.run(jit):
-        assert all(message.endswith("trains with jit_compile=False") for message in messages)
-
-
 def freeze(granularity: str) -> list[float]:
     import numpy as np
     from keras_job import assert_equal_bits, data, keras_and_hvd, network
