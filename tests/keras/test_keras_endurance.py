@@ -11,9 +11,9 @@ pytestmark = pytest.mark.time_limit(120)
 
 @pytest.mark.ranks(2, launcher="mpi", pool="tensorflow")
 def test_some_hundred_steps_leave_nothing_behind(cluster):
-    endurance.check(cluster.run(endurance.keras, 600))
+    endurance.check(cluster.run(endurance.keras, 300))
 
 
 @pytest.mark.ranks(2, launcher="mpi", **ON_TORCH)
 def test_some_hundred_steps_on_torch_leave_nothing_behind(cluster):
-    endurance.check(cluster.run(endurance.keras, 600))
+    endurance.check(cluster.run(endurance.keras, 300))
