@@ -103,7 +103,7 @@ def own_gradients(model: Any, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
 def fit_beside_oracle(
     keras: Any,
     hvd: Any,
-    steps: int = 20,
+    steps: int = 8,
     tolerance: float = 1e-5,
     fit: dict[str, Any] | None = None,
     dtype: str | None = None,
@@ -169,6 +169,7 @@ def beside_plain(
     from adacons_hvd import AdaCons
 
     settings = {"momentum": 0.9, "scale": scale}
+    options = {"schedule": "two-pass", "check_replicas": 0, **options}  # whose graph is traced soonest
     x, y = (inputs or data)(8 * steps * micro)
     model_of = model_of or network
     model, twin = model_of(keras), model_of(keras)
