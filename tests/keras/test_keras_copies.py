@@ -45,7 +45,7 @@ COPIES = {
 #: Those of which each is made by other code of ours; the rest is made by that of one of these.
 OTHERS = ("deepcopy", "pickle", "compile_from_config")
 #: Keras 2 cannot compile with one of its older optimizers from a configuration.
-OF_OLDER = (("legacy", ("pickle",)), ("legacy LossScaleOptimizer", ("deepcopy",)))
+OF_OLDER = (("legacy", ("deepcopy", "pickle")), ("legacy LossScaleOptimizer", ("deepcopy",)))
 
 
 def optimizers(keras: Any, kind: str) -> Any:

@@ -60,8 +60,8 @@ def on_purpose() -> list[str]:
     from keras_job import assert_equal_bits, data, keras_and_hvd, network
 
     keras, hvd = keras_and_hvd()
-    model = compiled(keras, distributed(keras, hvd))
-    fit(model)
+    # Without an aggregator, which nothing here asks for.
+    model = fit(compiled(keras, distributed(keras, hvd, False), run_eagerly=True), 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if harness.rank() == 0:
@@ -75,7 +75,7 @@ def on_purpose() -> list[str]:
         for own in ("local", "may differ"):
             mixed = network(keras)
             head = mixed.layers[1].trainable_variables
-            optimizer = distributed(keras, hvd, check_replicas=1, may_differ=head if own == "may differ" else ())
+            optimizer = distributed(keras, hvd, False, check_replicas=1, may_differ=head if own == "may differ" else ())
             if own == "local":
                 for variable in head:
                     optimizer.register_local_var(variable)
@@ -86,7 +86,7 @@ def on_purpose() -> list[str]:
             mixed.fit(*data(16), batch_size=8, verbose=0)
         assert [str(w.message) for w in caught if "is not distributed" in str(w.message)] == messages
     # Two models with an optimizer each, as of a GAN, taking turns.
-    one, two = (compiled(keras, distributed(keras, hvd)) for _ in range(2))
+    one, two = (compiled(keras, distributed(keras, hvd, False)) for _ in range(2))
     for _ in range(2):
         fit(one, 1)
         fit(two, 1)
@@ -104,15 +104,14 @@ def with_tape() -> int:
     from adacons_hvd import AdaCons
 
     keras, hvd = keras_and_hvd()
-    model = compiled(keras, distributed(keras, hvd))
-    fit(model)
+    model = fit(compiled(keras, distributed(keras, hvd, False), run_eagerly=True), 1)
     x, y = data(8)
     plain = keras.optimizers.SGD(0.01)
 
     def train() -> None:
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(tf.square(model(x) - y))
-        tape = tapes.DistributedGradientTape(tape, aggregator=AdaCons())
+        tape = tapes.DistributedGradientTape(tape, aggregator=AdaCons(), schedule="two-pass")
         gradients = tape.gradient(loss, model.trainable_variables)
         plain.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
 
