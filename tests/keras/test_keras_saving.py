@@ -498,8 +498,8 @@ def test_every_public_name_of_horovods_module(cluster, module):
     assert cluster.run(missing, module) == [[], []]
 
 
-# One process, which no other test uses: where Horovod's module is imported after Keras on PyTorch, what tests compute
-# is not the same any more.
+# One process, which no other test uses: Horovod's process sets are those of the framework that was imported last, so
+# once horovod.keras is imported, which is for TensorFlow, nothing on PyTorch trains as it should.
 @pytest.mark.ranks(1, launcher="gloo", **ON_TORCH)
 def test_every_public_name_on_torch(cluster):
     assert cluster.run(missing, "keras") == [[]]
