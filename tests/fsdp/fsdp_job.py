@@ -25,11 +25,11 @@ def start(replicas: int = 0) -> Any:
     return dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
 
 
-def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.nn.Sequential:
+def network(seed: int = 0, dtype: torch.dtype = torch.float64, width: int = 11) -> torch.nn.Sequential:
     """The same on every rank; layers of unlike sizes, few of them a multiple of anything."""
     generator = torch.Generator().manual_seed(seed)
     model = torch.nn.Sequential(
-        torch.nn.Linear(6, 11), torch.nn.Tanh(), torch.nn.Linear(11, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)
+        torch.nn.Linear(6, width), torch.nn.Tanh(), torch.nn.Linear(width, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)
     ).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():

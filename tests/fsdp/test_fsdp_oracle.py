@@ -21,7 +21,7 @@ def train(steps: int, tolerance: float, how: dict[str, Any]) -> list[Any]:
     adam = how.get("adam", False)
     make = (lambda ps: torch.optim.Adam(ps, lr=0.01)) if adam else momentum
     settings, passes, clip = how.get("settings", {}), how.get("passes", 1), how.get("clip", 0)
-    plain = network(7, dtype)
+    plain = network(7, dtype, how.get("width", 11))
     replicas = how.get("replicas", 0)
     mesh = start(replicas)
     twin = Twin(plain, make, together=mesh.size(1) if replicas else 1, **settings)
@@ -44,35 +44,37 @@ def train(steps: int, tolerance: float, how: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.ranks(2, 3, 4, launcher="torchrun")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-11), ("float32", 2e-5)])
-def test_parameters_are_those_of_the_oracle(cluster, dtype, tolerance):
-    for told in cluster.run(train, 12, tolerance, {"dtype": dtype}):
-        assert told == ["one-pass", 12, 3]
+def test_parameters_are_those_of_the_oracle(cluster):
+    for told in cluster.run(train, 8, 1e-11, {}):
+        assert told == ["one-pass", 8, 3]
 
 
 @three
 @pytest.mark.parametrize(
     "how",
     [
+        {"dtype": "float32"},
         {"passes": 3},
         {"clip": 0.1},
         {"adam": True, "settings": {"scale": "average"}},
         {"settings": {"momentum": 0.0, "normalize": False}},
         {"options": {"reshard_after_forward": False}},
     ],
-    ids=["accumulated", "clipped", "adam", "ablation", "not resharded"],
+    ids=["float32", "accumulated", "clipped", "adam", "ablation", "not resharded"],
 )
 def test_and_so_they_are(cluster, how):
-    cluster.run(train, 6, 1e-11, how)
+    cluster.run(train, 6, 2e-5 if "dtype" in how else 1e-11, how)
 
 
 @pytest.mark.ranks(4, launcher="torchrun")
 @pytest.mark.parametrize("how", [{}, {"passes": 2}, {"clip": 0.1}], ids=["", "accumulated", "clipped"])
 def test_two_replicas_of_two_shards(cluster, how):
-    for told in cluster.run(train, 6, 1e-11, {"replicas": 2, **how}):
+    """The first layer's shards have 35 elements, so the replicas' parts of them are not of one length."""
+    for told in cluster.run(train, 6, 1e-11, {"replicas": 2, "width": 10, **how}):
         assert told == ["one-pass", 6, 3]
 
 
+@pytest.mark.soak
 @pytest.mark.ranks(6, launcher="torchrun")
 def test_three_replicas_whose_parts_are_not_of_one_length(cluster):
     cluster.run(train, 4, 1e-11, {"replicas": 3})
