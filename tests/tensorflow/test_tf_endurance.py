@@ -10,4 +10,4 @@ import pytest
 @pytest.mark.time_limit(120)
 @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
 def test_some_hundred_steps_leave_nothing_behind(cluster, in_graph):
-    endurance.check(cluster.run(endurance.tape, 300, in_graph))
+    endurance.check(cluster.run(endurance.tape, 220, in_graph))

@@ -53,7 +53,7 @@ def test_without_an_aggregator_those_who_left_count_as_zeros(cluster):
     assert cluster.run(uneven) == [True] * 3
 
 
-@pytest.mark.ranks(3, launcher="gloo", pool="tensorflow")
+@pytest.mark.ranks(2, launcher="gloo", pool="tensorflow")
 def test_what_cannot_go_on_says_so(cluster):
     def refuse() -> list[str]:
         import tensorflow as tf
@@ -65,7 +65,7 @@ def test_what_cannot_go_on_says_so(cluster):
             needs_gramian = True
 
             def weights(self, statistics):
-                return tf.ones_like(statistics.squares) / 3
+                return tf.ones_like(statistics.squares) / 2
 
         hvd.init()
         weights, more = tf.Variable([1.0, 2.0]), tf.Variable([3.0])
@@ -94,10 +94,9 @@ def test_what_cannot_go_on_says_so(cluster):
         return messages
 
     # Ranks have not numbered alike what they refused, so nobody can go on with these processes.
-    first, second, third = cluster.run(refuse, fresh=True)
-    assert second == []
-    for messages in (first, third):
-        assert "needs the Gramian" in messages[0]
-        assert "and rank 1 did" in messages[0]
-        assert "needs the mean gradients of earlier steps, which cannot be had once a rank has called" in messages[1]
-        assert "rank 1 called hvd.join(); new parameters cannot be agreed on" in messages[2]
+    messages, none = cluster.run(refuse, fresh=True)
+    assert none == []
+    assert "needs the Gramian" in messages[0]
+    assert "and rank 1 did" in messages[0]
+    assert "needs the mean gradients of earlier steps, which cannot be had once a rank has called" in messages[1]
+    assert "rank 1 called hvd.join(); new parameters cannot be agreed on" in messages[2]

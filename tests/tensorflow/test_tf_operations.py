@@ -141,7 +141,7 @@ def test_what_is_recorded_keeps_nothing_alive_and_is_forgotten_in_the_end() -> N
     references = step(("kept", 0))
     gc.collect()
     assert [reference() for reference in references] == [None, None]
-    for number in range(100):
+    for number in range(70):
         step(("kept", number))
     assert len(tensorflow_graphs._graphs) <= 64
 

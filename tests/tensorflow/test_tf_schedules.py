@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytestmark = [
-    pytest.mark.ranks(3, launcher=("mpi", "gloo"), soak={"mpi": (3,)}, pool="tensorflow"),
+    pytest.mark.ranks(2, 3, launcher=("mpi", "gloo"), soak={"mpi": (2, 3), "gloo": (3,)}, pool="tensorflow"),
     pytest.mark.time_limit(180),
 ]
 
