@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from harness.launchers import PROCESS_SETS
 
-pytestmark = [pytest.mark.ranks(3, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(100)]
+pytestmark = [pytest.mark.ranks(2, launcher="mpi", pool="tensorflow"), pytest.mark.time_limit(100)]
 
 
 def test_local_sources_and_missing_gradients(cluster):
@@ -25,13 +25,13 @@ def test_local_sources_and_missing_gradients(cluster):
             tape = hvd.PartialDistributedGradientTape(tape, aggregator=aggregator)
             tape.register_local_source(own)
             gradients = tape.gradient(loss, [shared, own, idle])
-            np.testing.assert_allclose(gradients[1].numpy(), [(rank + 1) / 3], rtol=1e-6)
+            np.testing.assert_allclose(gradients[1].numpy(), [(rank + 1) / 2], rtol=1e-6)
             assert gradients[2] is None
             length = 3.0 if aggregator is None else 1 / np.sqrt(2)
             np.testing.assert_allclose(gradients[0].numpy(), [length, length], rtol=1e-6)
         return True
 
-    assert cluster.run(local) == [True] * 3
+    assert cluster.run(local) == [True] * 2
 
 
 @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
@@ -57,14 +57,14 @@ def test_a_gradient_that_one_rank_lacks(cluster, in_graph):
                 return tape.gradient(loss, [always, sometimes])  # noqa: B023
 
             found = [np.float64(g.numpy()) for g in (tf.function(step) if in_graph else step)()]
-            everyone = [[np.ones(2), np.full(1, 2.0 * (rank != 1))] for rank in range(3)]
+            everyone = [[np.ones(2), np.full(1, 2.0 * (rank != 1))] for rank in range(2)]
             expected = [np.mean([worker[i] for worker in everyone], 0) for i in range(2)]
             if aggregator is not None:
                 expected = oracle.Grouped([[0, 1]])(everyone)
             assert oracle.error(found, expected) < 1e-5
         return True
 
-    assert cluster.run(lacking) == [True] * 3
+    assert cluster.run(lacking) == [True] * 2
 
 
 @pytest.mark.parametrize("in_graph", [True, False], ids=["graph", "eager"])
@@ -111,22 +111,24 @@ def test_a_constant_gradient_is_not_evaluated_beforehand(cluster):
         from adacons_hvd import AdaCons
 
         hvd.init()
-        results = []
-        for aggregator in (AdaCons(scale="average"), None):
-            for schedule in ("two-pass", "one-pass", "gather"):
-                weights = tf.Variable([1.0, 2.0])
+        cases = [
+            {"aggregator": AdaCons(scale="average"), "schedule": schedule}
+            for schedule in ("two-pass", "one-pass", "gather")
+        ]
+        every_weight = [tf.Variable([1.0, 2.0]) for _ in range(4)]
 
-                @tf.function
-                def step():
-                    with tf.GradientTape() as tape:
-                        loss = tf.reduce_sum(weights) * 3.0  # noqa: B023
-                    tape = hvd.DistributedGradientTape(tape, aggregator=aggregator, schedule=schedule)  # noqa: B023
-                    return tape.gradient(loss, weights)  # noqa: B023
+        @tf.function
+        def step():
+            gradients = []
+            for weights, options in zip(every_weight, [*cases, {"aggregator": None}], strict=True):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_sum(weights) * 3.0
+                gradients.append(hvd.DistributedGradientTape(tape, **options).gradient(loss, weights))
+            return gradients
 
-                results.append([round(float(x), 5) for x in step().numpy()])
-        return results
+        return [[round(float(x), 5) for x in gradient.numpy()] for gradient in step()]
 
-    assert cluster.run(constant) == [[[3.0, 3.0]] * 6] * 3
+    assert cluster.run(constant) == [[[3.0, 3.0]] * 4] * 2
 
 
 def test_a_graph_compiled_by_xla_is_refused(cluster):
@@ -169,10 +171,11 @@ def test_process_sets(cluster):
         tape = hvd.DistributedGradientTape(tape, aggregator=AdaCons(scale="average"), process_set=workers)
         gradient = tape.gradient(loss, weights).numpy()
         assert (tape.report is None) == (hvd.rank() == 1)
+        hvd.remove_process_set(workers)
         return np.round(gradient, 5).tolist()
 
     # Ranks 0 and 2 have gradients of one direction and lengths 1 and 3; rank 1 keeps its own.
-    assert cluster.run(some, fresh=True) == [[2, 2], [2, 2], [2, 2]]
+    assert cluster.run(some) == [[2, 2], [2, 2], [2, 2]]
 
 
 def test_what_the_report_says(cluster):
@@ -202,10 +205,10 @@ def test_what_the_report_says(cluster):
         rebuilt = sum(w * g for w, g in zip(report.weights[0], everyone, strict=True))
         np.testing.assert_allclose(got, rebuilt, rtol=1e-5)
         np.testing.assert_allclose(got, oracle.Oracle()(everyone), rtol=1e-5)
-        assert report.as_dict()["present"] == [[True, True, True]]
+        assert report.as_dict()["present"] == [[True, True]]
         return True
 
-    assert cluster.run(report) == [True] * 3
+    assert cluster.run(report) == [True] * 2
 
 
 def test_optimizers_of_tensorflow(cluster):
@@ -226,62 +229,5 @@ def test_optimizers_of_tensorflow(cluster):
             hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), op=hvd.Sum, aggregator=AdaCons())
         return [round(float(weights.numpy()[0]), 5), optimizer.report.steps]
 
-    # One direction, lengths 1, 2 and 3: the average.
-    assert cluster.run(optimize) == [[-1.0, 1]] * 3
-
-
-def torch_results(steps: int, schedules: list[str]) -> list:
-    import numpy as np
-    import torch
-
-    import adacons_hvd.torch as hvd
-    from adacons_hvd import AdaCons
-
-    hvd.init()
-    results = []
-    for schedule in schedules:
-        weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((6, 5), (5,), (7, 1))]
-        optimizer = hvd.DistributedOptimizer(torch.optim.SGD(weights, lr=1.0), aggregator=AdaCons(), schedule=schedule)
-        for step in range(steps):
-            optimizer.zero_grad()
-            rng = np.random.default_rng(100 * step + hvd.rank())
-            loss = sum((w * torch.from_numpy(rng.random(w.shape).astype("f4"))).sum() for w in weights)
-            loss.backward()
-            optimizer.step()
-        results.append([w.detach().numpy() for w in weights])
-    return results
-
-
-def tensorflow_results(steps: int, schedules: list[str]) -> list:
-    import numpy as np
-    import tensorflow as tf
-
-    import adacons_hvd.tensorflow as hvd
-    from adacons_hvd import AdaCons
-
-    hvd.init()
-    results = []
-    for schedule in schedules:
-        weights = [tf.Variable(tf.zeros(shape)) for shape in ((6, 5), (5,), (7, 1))]
-        aggregator = AdaCons()
-        for step in range(steps):
-            rng = np.random.default_rng(100 * step + hvd.rank())
-            with tf.GradientTape() as tape:
-                loss = tf.add_n([tf.reduce_sum(w * rng.random(w.shape).astype("f4")) for w in weights])
-            tape = hvd.DistributedGradientTape(tape, aggregator=aggregator, schedule=schedule)
-            for weight, gradient in zip(weights, tape.gradient(loss, weights), strict=True):
-                weight.assign_sub(gradient)
-        results.append([w.numpy() for w in weights])
-    return results
-
-
-def test_torch_and_tensorflow_give_the_same_result(cluster):
-    import numpy as np
-
-    schedules = ["two-pass", "one-pass", "gather"]
-    theirs = cluster.run(torch_results, 5, schedules, fresh=True)
-    ours = cluster.run(tensorflow_results, 5, schedules)
-    for mine, twin in zip(ours, theirs, strict=True):
-        for a, b in zip(mine, twin, strict=True):
-            for x, y in zip(a, b, strict=True):
-                np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    # One direction, lengths 1 and 2: the average.
+    assert cluster.run(optimize) == [[-0.5, 1]] * 2

@@ -19,7 +19,7 @@ SCHEDULES = ["two-pass", "one-pass", "gather"]
 Case = tuple[dict[str, Any], dict[str, Any]]
 
 
-def train(steps: int, cases: list[Case], in_graph: bool, tolerance: float = 1e-5) -> int:
+def train(steps: int, cases: list[Case], in_graph: bool) -> int:
     """Train a set of variables for every case, all in the same steps, and judge each."""
     import numpy as np
     import tensorflow as tf
@@ -59,6 +59,7 @@ def train(steps: int, cases: list[Case], in_graph: bool, tolerance: float = 1e-5
             found[k].append([array(g, v) for g, v in zip(gradients, models[k], strict=True)])
     assert len(traces) == (1 if in_graph else steps)
     for k, (settings, options) in enumerate(cases):
+        tolerance = 5e-3 if "compression" in options else 1e-5
         judge(raw[k], found[k], layerwise=options.get("granularity") == "layer", tolerance=tolerance, **settings)
     assert_equal_bits([variable for variables in models for variable in variables])
     return len(cases)
@@ -66,25 +67,19 @@ def train(steps: int, cases: list[Case], in_graph: bool, tolerance: float = 1e-5
 
 @pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=MORE_RANKS, pool="tensorflow")
 def test_gradients_in_a_graph_agree_with_the_oracle(cluster):
-    cases: list[Case] = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
-    cases += [(SETTINGS[1], {"schedule": "one-pass"}), (SETTINGS[2], {"schedule": "two-pass"})]
+    cases: list[Case] = [(settings, {"schedule": name}) for settings, name in zip(SETTINGS, SCHEDULES, strict=True)]
     cases += [(SETTINGS[0], {"schedule": "one-pass", "granularity": "layer"})]
-    assert cluster.run(train, 20, cases, True) == [len(cases)] * cluster.ranks
+    cases += [(SETTINGS[0], {"schedule": "gather", "compression": "fp16"})]
+    assert cluster.run(train, 10, cases, True) == [len(cases)] * cluster.ranks
 
 
 @pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=MORE_RANKS, pool="tensorflow")
 def test_eager_gradients_agree_with_the_oracle(cluster):
     cases = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
-    assert cluster.run(train, 20, cases, False) == [len(cases)] * cluster.ranks
+    assert cluster.run(train, 10, cases, False) == [len(cases)] * cluster.ranks
 
 
-@pytest.mark.ranks(3, launcher="mpi", pool="tensorflow")
-def test_half_precision_messages(cluster):
-    cases = [(SETTINGS[0], {"schedule": name, "compression": "fp16"}) for name in SCHEDULES]
-    assert cluster.run(train, 5, cases, True, 5e-3) == [3] * 3
-
-
-@pytest.mark.ranks(3, launcher="mpi", pool="tensorflow")
+@pytest.mark.ranks(2, launcher="mpi", pool="tensorflow")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_what_is_sent_is_what_was_asked_for(cluster, schedule):
     """Told by what gets lost: an element too small for half precision, one that a compressor of the
@@ -108,28 +103,33 @@ def test_what_is_sent_is_what_was_asked_for(cluster, schedule):
             def decompress(tensor, ctx):
                 return tensor
 
-        def aggregated(pull, **options):
-            weight = tf.Variable(tf.zeros_like(pull))
+        def aggregated(*pulls, **options):
+            weights = [tf.Variable(tf.zeros_like(pull)) for pull in pulls]
             with tf.GradientTape() as tape:
-                loss = tf.reduce_sum(weight * pull)
+                products = [weight * pull for weight, pull in zip(weights, pulls, strict=True)]
+                loss = tf.add_n([tf.reduce_sum(tf.cast(product, tf.float32)) for product in products])
             tape = hvd.DistributedGradientTape(tape, aggregator=AdaCons(), schedule=schedule, **options)
-            return tape.gradient(loss, weight).numpy()
+            return [gradient.numpy() for gradient in tape.gradient(loss, weights)]
 
         small = tf.constant([1.0, 1e-9])
         long = tf.constant([4000.0], tf.float16)
+        of_small, of_long = aggregated(small, long)
+        (halved,) = aggregated(small, compression=hvd.Compression.fp16)
+        (first,) = aggregated(small, compression=FirstOnly)
+        (predivided,) = aggregated(long, gradient_predivide_factor=1 / 64)
         return [
-            bool(aggregated(small)[1] > 0),
-            bool(aggregated(small, compression=hvd.Compression.fp16)[1] == 0),
-            bool(aggregated(small, compression=FirstOnly)[1] == 0),
-            bool(np.isfinite(aggregated(long)).all()),
-            bool(np.isfinite(aggregated(long, gradient_predivide_factor=1 / 64)).all()),
+            bool(of_small[1] > 0),
+            bool(halved[1] == 0),
+            bool(first[1] == 0),
+            bool(np.isfinite(of_long).all()),
+            bool(np.isfinite(predivided).all()),
         ]
 
     # Only sums are predivided.
-    assert cluster.run(sent) == [[True, True, True, True, schedule != "two-pass"]] * 3
+    assert cluster.run(sent) == [[True, True, True, True, schedule != "two-pass"]] * 2
 
 
-@pytest.mark.ranks(3, launcher="mpi", pool="tensorflow")
+@pytest.mark.ranks(2, launcher="mpi", pool="tensorflow")
 def test_groups_travel_together_and_the_rest_alone(cluster):
     def parcels() -> list[list[list[int]]]:
         import tensorflow as tf
@@ -149,12 +149,12 @@ def test_groups_travel_together_and_the_rest_alone(cluster):
             found.append(sorted(sorted(slot.index for slot in p.slots) for p in tape._reducer.session().last.packings))
         return found
 
-    assert cluster.run(parcels) == [[[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1], [3]]]] * 3
+    assert cluster.run(parcels) == [[[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1], [3]]]] * 2
 
 
-@pytest.mark.ranks(3, launcher=("mpi", "gloo"), pool="tensorflow")
+@pytest.mark.ranks(2, launcher="mpi", pool="tensorflow")
 def test_a_shard_that_is_all_padding_is_still_exchanged(cluster):
-    """One element is the shard of one rank; the others have no use for what they receive, and a graph might drop it."""
+    """One element is the shard of one rank; the other has no use for what it receives, and a graph might drop it."""
 
     def tiny() -> float:
         import tensorflow as tf
@@ -178,5 +178,5 @@ def test_a_shard_that_is_all_padding_is_still_exchanged(cluster):
         assert_equal_bits([weight])
         return round(float(weight.numpy()[0]), 5)
 
-    # All gradients have one direction, so the result is their average, 2.
-    assert cluster.run(tiny, timeout=90) == [0.9] * 3
+    # All gradients have one direction, so the result is their average, 1.5.
+    assert cluster.run(tiny, timeout=90) == [0.925] * 2
