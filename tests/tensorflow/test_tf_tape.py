@@ -75,7 +75,8 @@ def test_gradients_in_a_graph_agree_with_the_oracle(cluster):
 
 @pytest.mark.ranks(2, 3, 4, launcher=("mpi", "gloo"), soak=MORE_RANKS, pool="tensorflow")
 def test_eager_gradients_agree_with_the_oracle(cluster):
-    cases = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
+    cases: list[Case] = [(SETTINGS[0], {"schedule": name}) for name in SCHEDULES]
+    cases += [(SETTINGS[0], {"schedule": name, "compression": "fp16"}) for name in ("two-pass", "one-pass")]
     assert cluster.run(train, 10, cases, False) == [len(cases)] * cluster.ranks
 
 
