@@ -366,6 +366,20 @@ MUTATIONS = [
         "tests/tensorflow/test_tf_arguments.py -k share_a_reducer",
     ),
     Mutation(
+        "a constant gradient is not evaluated beforehand",
+        "collectives/horovod_tensorflow.py",
+        "        if not tensor.shape.rank:\n            return tensor\n",
+        "        return tensor\n",
+        "tests/tensorflow/test_tf_gradients.py -k constant",
+    ),
+    Mutation(
+        "what nobody has a use for is received all the same",
+        "collectives/horovod_tensorflow.py",
+        "if not self._received or tensor.shape.rank != 1:",
+        "if True:",
+        "tests/tensorflow/test_tf_tape.py -k padding",
+    ),
+    Mutation(
         "rows that are there twice",
         "tensorflow/packing.py",
         "once, places = distinct(rows)",
