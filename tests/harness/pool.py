@@ -21,7 +21,7 @@ from typing import Any
 
 from harness import processes
 from harness.errors import ClusterError
-from harness.launchers import LAUNCHERS, environment
+from harness.launchers import CYCLE_TIMES, LAUNCHERS, environment
 
 START = Path(__file__).with_name("start.py")
 # How long the ranks that are still running get once one has failed.
@@ -77,11 +77,12 @@ class Job:
         self.folder = folder
         self.marker = f"HARNESS_JOB={secrets.token_hex(8)}"
         marks = dict(mark.split("=") for mark in (self.SESSION, self.marker))
+        cycle_time = {"HOROVOD_CYCLE_TIME": CYCLE_TIMES[spec.word]} if spec.word in CYCLE_TIMES else {}
         start = [sys.executable, str(START), "launcher", str(os.getpid())]
         with (folder / "launcher.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [*start, *launch, *command],
-                env=environment(launcher, folder, {**dict(spec.env), **(env or {}), **marks}),
+                env=environment(launcher, folder, {**cycle_time, **dict(spec.env), **(env or {}), **marks}),
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
