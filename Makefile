@@ -43,7 +43,7 @@ test: lint ## lint, types and every test
 	@$(RUN) python -m pytest --streams 2 $(PYTEST_ARGS)
 
 .PHONY: test-quick
-test-quick: setup ## the tests for between two edits, in three minutes
+test-quick: setup ## the tests for between two edits, in a minute or two
 	@$(RUN) RANDOM_CASES=6 python -m pytest --streams 2 $(QUICK) $(PYTEST_ARGS)
 
 .PHONY: test-trainers

@@ -435,6 +435,7 @@ MUTATIONS = [
         "differ = ",
         "tests/conformance/test_conformance.py -k tapes",
     ),
+    # --- Keras ---
     Mutation(
         "gradients that are said to be aggregated",
         "keras/legacy.py",

@@ -111,7 +111,7 @@ FEATURES: dict[str, list[Case]] = {
 
 
 def cases_of(feature: str, every: bool) -> Iterator[Case]:
-    """A feature's cases with every schedule; or one of them with one. Of any two features one has an even seed."""
+    """A feature's cases with every schedule; or one of them with one. Every other feature has an even seed."""
     cases, turn = FEATURES[feature], list(FEATURES).index(feature)
     for number, case in enumerate(cases if every else [cases[turn // 2 % len(cases)]]):
         for schedule in SCHEDULES if every else [SCHEDULES[turn % 3]]:

@@ -205,8 +205,9 @@ def train(binding: str, policy: str, schedule: str) -> dict[str, Any]:
     return {"news": told, "moved": np.stack(moved), "seen": seen, "where": hashlib.sha256(at.tobytes()).hexdigest()}
 
 
-#: All policies, each with a schedule, for a binding that has no graphs; some for one of which each training has two.
+#: Each policy's schedule.
 POLICIES = {"warn": "two-pass", "exclude": "one-pass", "raise": "gather"}
+#: Where each training makes two graphs, some of the policies; the other bindings take all.
 SOME = {
     "tape": ("warn", "raise"),
     "graph": ("exclude", "raise"),  # there errors go a way of their own
