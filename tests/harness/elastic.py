@@ -121,16 +121,18 @@ class Course:
 
         A worker that is still in a collective when another dies may be ended by Gloo, and which one is, is chance.
         """
-        stage, count, rank, size = self._state.stage, self._state.count, self._hvd.rank(), self._hvd.size()
-        for where in self.plan["deaths"]:
-            if where != [stage, count, where[2], size, phase]:
-                continue
-            if together:
-                tell(reached=phase, stage=stage, count=count)
-                while rank == where[2] and self._here(phase, stage, count) < size:
-                    time.sleep(0.01)
-            if rank == where[2]:
-                os.kill(os.getpid(), processes.signal.SIGKILL)
+        stage, count, size = self._state.stage, self._state.count, self._hvd.size()
+        dying = [
+            rank
+            for *when, rank, workers, where in self.plan["deaths"]
+            if [*when, workers, where] == [stage, count, size, phase]
+        ]
+        if dying and together:
+            tell(reached=phase, stage=stage, count=count)
+        if self._hvd.rank() in dying:
+            while together and self._here(phase, stage, count) < size:
+                time.sleep(0.01)
+            os.kill(os.getpid(), processes.signal.SIGKILL)
 
     @staticmethod
     def _here(phase: str, stage: int, count: int) -> int:

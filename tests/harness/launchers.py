@@ -25,8 +25,8 @@ class Launcher:
     env: Mapping[str, str] = field(default_factory=dict)
     #: What ranks find imported in a pool without a word.
     imported: tuple[str, ...] = ("torch._dynamo", "adacons_hvd.torch")
-    #: Its own module, of which `main` is the program, if it is forked from such a pool's template.
-    module: str = ""
+    #: Whether it is a Python script, and is forked as these are.
+    forked: bool = False
 
 
 def program(name: str) -> str:
@@ -101,7 +101,7 @@ LAUNCHERS: dict[str, Launcher] = {
         _torchrun,
         "RANK",
         imported=("torch._dynamo", "torch.distributed.run", "adacons_hvd.ddp", "adacons_hvd.fsdp"),
-        module="torch.distributed.run",
+        forked=True,
     ),
 }
 

@@ -71,8 +71,8 @@ class Job:
     ) -> None:
         launcher = LAUNCHERS[spec.launcher]
         launch = launcher.command(spec.ranks)
-        if launcher.module and templates:
-            launch[:1] = [sys.executable, "-m", "harness.launch", templates[0], launcher.module]
+        if launcher.forked and templates:
+            launch = [sys.executable, "-m", "harness.launch", templates[0], *launch]
         self.spec = spec
         self.folder = folder
         self.marker = f"HARNESS_JOB={secrets.token_hex(8)}"
